@@ -1,0 +1,1 @@
+"""The commands. Each module wires one of them to the library, nothing else."""

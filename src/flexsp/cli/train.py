@@ -1,0 +1,25 @@
+"""`flexsp train`: train as a TOML file says; any key is overridden by a dotted flag, `--train.steps 20`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_to(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "train", help="train a model (under torchrun)", description=__doc__
+    )
+    parser.add_argument("config", metavar="CONFIG.toml", help="sections [model] [data] [planner] [train] [run]")
+    parser.set_defaults(run=run, takes_overrides=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error}: training needs torch and transformers; pip install 'flexsp[train]'") from None
+    from flexsp.train.run import run_from_config
+
+    return run_from_config(arguments.config, arguments.overrides)

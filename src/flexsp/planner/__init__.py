@@ -1,0 +1,71 @@
+"""Planners: lengths and a profile become a plan. Pure functions; one file per idea.
+
+A planner is any function `lengths, profile, **options -> Plan`. Those here are known by name; one of your own is
+named by `module:function`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+from flexsp.lengths import Lengths, as_lengths
+from flexsp.planner.batch_adaptive import plan_batch_adaptive
+from flexsp.planner.flex import plan_flex
+from flexsp.planner.static import plan_static
+from flexsp.plans import Plan
+from flexsp.profile import Profile
+
+Planner = Callable[..., Plan]
+
+PLANNERS: dict[str, Planner] = {
+    "flex": plan_flex,
+    "batch-adaptive": plan_batch_adaptive,
+    "static": plan_static,
+}
+
+
+def plan(lengths: Lengths, profile: Profile, planner: str = "flex", **options: Any) -> Plan:
+    """Plans one global batch.
+
+    Args:
+        lengths: (K,) tokens of each sequence.
+        profile: the cost model and the cluster.
+        planner: a name in `PLANNERS`, or `module:function` of your own.
+        options: for the planner, e.g. `sp_degree=8` for `static`.
+
+    Returns:
+        A plan; where nothing legal exists its status is infeasible and its reason says why.
+
+    Raises:
+        ValueError: malformed lengths, an unknown planner or an option it does not have.
+    """
+    function = find_planner(planner)
+    accepted = inspect.signature(function).parameters
+    for name in options:
+        if name not in accepted and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            raise ValueError(f"planner={planner!r} has no option {name!r}; it has {sorted(set(accepted) - _COMMON)}")
+    return function(as_lengths(lengths), profile, **options)
+
+
+_COMMON = {"lengths", "profile"}
+
+
+def find_planner(name: str) -> Planner:
+    """The planner called `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in PLANNERS:
+        return PLANNERS[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"planner={name!r} is unknown; choose one of {', '.join(PLANNERS)}, or name module:function")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"planner={name!r} cannot be imported ({error}); name an importable module:function") from None
+    return cast(Planner, found)

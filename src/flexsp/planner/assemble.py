@@ -1,0 +1,93 @@
+"""From a planner's choice of degrees and sequences to a Plan with ranks and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexsp.lengths import LengthArray, lengths_sha256
+from flexsp.planner.bound import lower_bound_s
+from flexsp.planner.placement import most_groups, place
+from flexsp.plans import Group, MicroBatch, Plan, Status
+from flexsp.profile import Profile
+
+GroupChoice = tuple[int, list[int]]
+"""An sp_degree and the sequences that a group of it holds."""
+
+OPTIMAL_GAP = 1e-9
+"""A plan this close to the bound, relatively, is optimal: the rest is rounding."""
+
+
+def assemble(
+    planner: str,
+    lengths: LengthArray,
+    profile: Profile,
+    micro_batches: Sequence[Sequence[GroupChoice]],
+    solve_s: float,
+) -> Plan:
+    """The Plan of these micro-batches; each must have a placement (as `place` finds it)."""
+    built = tuple(_micro_batch(groups, lengths, profile) for groups in micro_batches)
+    predicted_s = sum(micro_batch.predicted_s or 0.0 for micro_batch in built)
+    bound_s = min(lower_bound_s(lengths, profile), predicted_s)  # above it by rounding at most
+    proven = predicted_s <= bound_s * (1 + OPTIMAL_GAP)
+    return Plan(
+        num_devices=profile.num_devices,
+        micro_batches=built,
+        planner=planner,
+        lengths_sha256=lengths_sha256(lengths),
+        status=Status.OPTIMAL if proven else Status.FEASIBLE,
+        predicted_s=predicted_s,
+        lower_bound_s=bound_s,
+        solve_s=solve_s,
+    )
+
+
+def _micro_batch(groups: Sequence[GroupChoice], lengths: LengthArray, profile: Profile) -> MicroBatch:
+    starts = place([degree for degree, _ in groups], profile.num_devices, profile.devices_per_node)
+    assert starts is not None, f"planner chose degrees {[degree for degree, _ in groups]} that have no placement"
+    built = [
+        Group(
+            ranks=tuple(range(start, start + degree)),
+            sequences=tuple(sequences),
+            predicted_s=profile.group_s(degree, lengths[sequences]),
+        )
+        for start, (degree, sequences) in zip(starts, groups, strict=True)
+    ]
+    built.sort(key=lambda group: group.ranks[0])
+    slowest_s = max(group.predicted_s or 0.0 for group in built)
+    return MicroBatch(groups=tuple(built), predicted_s=profile.compute.fixed_s + slowest_s)
+
+
+def usable_degrees(profile: Profile) -> list[int]:
+    """Degrees of the profile that have a legal place on its devices."""
+    return [d for d in profile.sp_degrees if most_groups(d, profile.num_devices, profile.devices_per_node) > 0]
+
+
+def too_long(lengths: LengthArray, profile: Profile, degrees: Sequence[int]) -> str | None:
+    """Why the longest sequence fits into no group of these degrees; None where it fits."""
+    index = int(lengths.argmax())
+    length = int(lengths[index])
+    if not degrees:
+        return (
+            f"no degree of sp_degrees={list(profile.sp_degrees)} has a legal place on "
+            f"num_devices={profile.num_devices} with devices_per_node={profile.devices_per_node}; list other degrees"
+        )
+    best = max(degrees, key=profile.capacity_tokens)
+    capacity = profile.capacity_tokens(best)
+    if length <= capacity:
+        return None
+    return (
+        f"lengths[{index}]={length} tokens fit into no group: sp_degree={best} holds at most {capacity} tokens; "
+        f"drop or split the sequence, allow a higher degree, or give each device more memory"
+    )
+
+
+def infeasible(planner: str, lengths: LengthArray, profile: Profile, reason: str, solve_s: float) -> Plan:
+    return Plan(
+        num_devices=profile.num_devices,
+        micro_batches=(),
+        planner=planner,
+        lengths_sha256=lengths_sha256(lengths),
+        status=Status.INFEASIBLE,
+        reason=reason,
+        solve_s=solve_s,
+    )
