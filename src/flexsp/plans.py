@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from flexsp import jsonfields as jf
@@ -75,7 +74,7 @@ class Plan:
     """No legal plan for these lengths and this profile is predicted to take less."""
     solve_s: float | None = None
     """Seconds that planning took."""
-    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the file that this version does not know, nested as they were; kept when it is saved."""
 
     def __post_init__(self) -> None:
