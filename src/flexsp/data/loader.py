@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
@@ -107,6 +108,17 @@ class PlannedLoader:
         """(batch_size,) ids of the sequences of a step."""
         return global_batch(len(self._sequences.lengths), self._batch_size, self._seed, step)
 
+    def unplanned(self, step: int) -> PlannedBatch:
+        """The batch of a step, beyond those planned too, with a plan that holds nothing yet."""
+        sequence_ids = self.sequence_ids(step)
+        return PlannedBatch(
+            step=step,
+            sequence_ids=sequence_ids,
+            lengths=self._sequences.lengths[sequence_ids],
+            plan=Plan(num_devices=self._profile.num_devices, micro_batches=()),
+            source=self._sequences,
+        )
+
     def _submit(self, until: int) -> None:
         if self._service is None:
             return
@@ -127,20 +139,11 @@ class PlannedLoader:
             raise PlannerError(f"step {step}: {answer[0]}")
         plan: Plan
         plan, plan_wait_s = answer[0]
-        sequence_ids = self.sequence_ids(step)
-        lengths = self._sequences.lengths[sequence_ids]
+        batch = self.unplanned(step)
         if not plan.has_plan:
             raise ValueError(f"step {step}: no plan: {plan.reason}")
-        if faults := violations(plan, lengths, self._profile):
+        if faults := violations(plan, batch.lengths, self._profile):
             raise ValueError(f"step {step}: the plan is illegal in {len(faults)} ways, the first is: {faults[0]}")
         if plan_wait_s and dist.get_rank() == 0:
             log.info("step %d waited %.3f s for its plan", step, plan_wait_s)
-        return PlannedBatch(
-            step=step,
-            sequence_ids=sequence_ids,
-            lengths=lengths,
-            plan=plan,
-            source=self._sequences,
-            plan_s=plan.solve_s or 0.0,
-            plan_wait_s=plan_wait_s,
-        )
+        return replace(batch, plan=plan, plan_s=plan.solve_s or 0.0, plan_wait_s=plan_wait_s)

@@ -95,6 +95,7 @@ def prepare_model(
     mesh: DeviceMesh | None = None,
     param_dtype: torch.dtype | None = None,
     activation_checkpointing: bool = False,
+    reshard_after_forward: bool = True,
     exact: bool = True,
 ) -> PreTrainedModel:
     """Makes an unmodified Hugging Face causal LM run plans: our attention, and FSDP2 over all ranks.
@@ -104,6 +105,7 @@ def prepare_model(
         mesh: by default one dimension, `dp_shard`, over all ranks.
         param_dtype: what parameters are gathered and computed in, e.g. torch.bfloat16; gradients are reduced in fp32.
         activation_checkpointing: recompute each layer in the backward.
+        reshard_after_forward: free a layer's gathered parameters between its forward and its backward (ZeRO-3).
         exact: refuse dropout.
 
     Returns:
@@ -125,7 +127,7 @@ def prepare_model(
     layer_classes = set(model._no_split_modules or [])
     for module in list(model.modules()):
         if type(module).__name__ in layer_classes:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.train()
     return model

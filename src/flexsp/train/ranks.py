@@ -1,0 +1,35 @@
+"""Joining the other ranks: torchrun's environment, or a run of one rank without it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
+    """The process group of all ranks (NCCL where there is CUDA, else gloo) and this rank's device, while inside.
+
+    Without torchrun's environment the run has one rank.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
