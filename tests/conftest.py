@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from rank_pool import RankPool
 
 
@@ -18,4 +19,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], 
 
     yield pool
     for each in pools.values():
+        each.close()
+
+
+@pytest.fixture
+def broken_ranks(ranks: Callable[[int], RankPool]) -> Iterator[Callable[[int], RankPool]]:
+    """Ranks that a test breaks: the next test gets new ones."""
+    used: list[RankPool] = []
+
+    def pool(world_size: int) -> RankPool:
+        used.append(ranks(world_size))
+        return used[-1]
+
+    yield pool
+    for each in used:
         each.close()

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from reference import build, reference_step
 from torch.distributed.tensor import DTensor
 
 from flexsp.data.batch import PlannedBatch
 from flexsp.parallel import GroupPool, forward_backward, prepare_model
 from flexsp.plans import Group, MicroBatch, Plan
+from reference import build, reference_step
 
 
 class Tokens:
@@ -90,17 +89,15 @@ def worst_difference(config: Any, dtype: torch.dtype, batch: PlannedBatch, **pre
     return abs(result.loss - expected_loss) / abs(expected_loss), worst, where
 
 
-def check_equal(config: Any, dtype: torch.dtype, cases: list[tuple[list[int], Plan, float]], **prepare: Any) -> None:
+def check_equal(
+    config: Any,
+    dtype: torch.dtype,
+    cases: list[tuple[list[int], Plan, float]],
+    prepare: dict[str, Any] | None = None,
+) -> None:
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}[dtype]
     for seed, (lengths, plan, masked) in enumerate(cases):
-        loss, gradient, where = worst_difference(config, dtype, make_batch(lengths, plan, seed, masked), **prepare)
+        batch = make_batch(lengths, plan, seed, masked)
+        loss, gradient, where = worst_difference(config, dtype, batch, **(prepare or {}))
         assert loss <= tolerance, f"loss off by {loss:.2e} with {lengths} on {plan}"
         assert gradient <= tolerance, f"gradient of {where} off by {gradient:.2e} with {lengths} on {plan}"
-
-
-def step_difference(config: Any, batch: PlannedBatch) -> tuple[float, float, str]:
-    return worst_difference(config, torch.float64, batch)
-
-
-def world() -> int:
-    return dist.get_world_size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +34,23 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other rank has said this yet, so that what all ranks find wrong is printed once.
+
+    Asks the store of torchrun's agent, which is there before any process group and outlives a failing rank.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    key = "flexsp/said/" + hashlib.sha256(text.encode()).hexdigest()
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=datetime.timedelta(seconds=10),
+        )
+        return bool(store.add(key, 1) == 1)
+    except (KeyError, RuntimeError):  # better twice than not at all
+        return True

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from flexsp import jsonfields
 from flexsp.data import PlannedBatch, PlannedLoader, Sequences
 from flexsp.parallel import GroupPool, forward_backward
+from flexsp.planner import find_planner
 from flexsp.profile import Profile
 from flexsp.train import build
 from flexsp.train.compare import compare_planners, summary_line
@@ -51,6 +52,7 @@ def train(config: Config, display: Display) -> None:
     5. Save the model.
     """
     transformers_logging.disable_progress_bar()
+    find_planner(config.planner.name)  # a wrong name is an error before anything slow
     sequences = build.build_sequences(config)
     model = build.build_model(config.model, config.train.seed)
     build.check_fit(model, sequences, config.data.max_length)
