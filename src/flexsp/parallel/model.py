@@ -116,7 +116,7 @@ def prepare_model(
     """
     check_model(model, exact)
     if mesh is None:
-        device_type = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
         mesh = init_device_mesh(device_type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
     model.set_attn_implementation(NAME)
     if activation_checkpointing:

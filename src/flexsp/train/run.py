@@ -114,6 +114,8 @@ def _train_steps(
         "training: %d of %d steps mixed degrees in a micro-batch; %d process groups were made",
         mixed, config.train.steps, groups.num_groups,
     )  # fmt: skip
+    if torch.cuda.is_available():
+        log.info("training: peak memory %.2f GiB on rank 0", torch.cuda.max_memory_allocated() / 2**30)
 
 
 def _train_step(
@@ -127,6 +129,8 @@ def _train_step(
     grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     optimizer.step()
     optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     step_s = time.perf_counter() - began
     tokens = int(batch.lengths.sum())
     return {
