@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 benchmarks/plan_ranking.py [--output FILE.json]
 
 Takes one global batch of the Python standard library, measures a profile of the quickstart's model on these ranks,
-makes plans from good to bad (every degree, flex, too many micro-batches, one rank alone, random groups and layouts), runs them
+makes plans from good to bad (every degree, flex, too many micro-batches, one rank alone, random groups), runs them
 in turns, and prints Spearman's rank correlation of predicted and measured seconds. Two ranks or four. With more ranks
 than cores a waiting rank lends its core to the others, which the cost model does not know: it then overrates what
 imbalance costs.
@@ -110,6 +110,10 @@ def random_groups(lengths: LengthArray, profile: Profile, seed: int) -> list[lis
     slots: list[tuple[int, list[int]]] = [(d, []) for layout in layouts for d in layout]
     for i in draw.sample(range(len(lengths)), len(lengths)):
         open_slots = [s for s in slots if lengths[s[1]].sum() + lengths[i] <= profile.capacity_tokens(s[0])]
+        if not open_slots:  # one micro-batch more
+            layouts.append([profile.num_devices])
+            open_slots = [(profile.num_devices, [])]
+            slots += open_slots
         draw.choice(open_slots)[1].append(i)
     groups = iter(slots)
     filled = [[g for g in (next(groups) for _ in layout) if g[1]] for layout in layouts]

@@ -121,3 +121,10 @@ def test_a_malformed_plan_is_named_with_its_field(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as raised:
         Plan.load(tmp_path / "a.json")
     assert "a.json" in str(raised.value)
+
+
+def test_a_plan_prints_its_degrees():
+    one = ((0,), (0,))
+    text = str(make([[((0, 1), (0,)), ((2,), (1,)), ((3,), (2,))], [one], [one], [one], [((0, 1, 2, 3), (0,))]]))
+    assert text == "<2,1,1> 3 x <1> <4>"
+    assert str(make([[((r,), (0,)) for r in range(9)] + [((9, 10), (1,))]], num_devices=16)) == "<2,1x9>"

@@ -43,7 +43,7 @@ class Display:
     def track(self, items: Iterable[Item], total: int, what: str) -> Iterator[tuple[Item, StepLine]]:
         """Each item with a StepLine, on which to say what became of it."""
         with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[said]}"),
             console=self.console, disable=not self.console.is_terminal or self.console.quiet,
         ) as bar:  # fmt: skip
