@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (folder / "config.toml").write_text(CONFIG)
     done = train(folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    (saved,) = (folder / "profiles").iterdir()
+    (folder / "four.json").write_text(saved.read_text())
     return folder, done.stdout
 
 
@@ -102,9 +105,29 @@ def test_a_run_starts_from_a_saved_model_on_another_number_of_ranks(run):
     assert again["loss"] < first["loss"] - 0.3
 
 
+def test_rows_with_masked_labels_train(run):
+    """Prompts do not count: theirs is noise, which nobody learns; the ten sevens after it are learnt at once."""
+    folder, _ = run
+    draw = random.Random(0)
+    prompts = [[draw.randrange(256) for _ in range(20)] for _ in range(36)]
+    rows = [{"input_ids": prompt + [7] * 10, "labels": [-100] * 20 + [7] * 10} for prompt in prompts]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    done = train(
+        folder, "--data.source", "rows.jsonl", "--data.overlong", "error", "--train.batch_size", "6", "--train.steps",
+        "6", "--run.dir", "rows", "--run.compare_batches", "0", "--planner.max_tokens_per_rank", "1K", "--train.lr",
+        "3e-2", "--run.save_model", "false", world_size=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = [json.loads(line) for line in (folder / "rows/metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in metrics] == [180] * 6
+    assert metrics[-1]["loss"] < 1.0  # with the prompts it would stay above 2/3 of ln 256
+    assert not (folder / "rows/model").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--planner.profile", "four.json"], "four.json: num_devices=4 is not world_size=2; use a profile of 2"),
         (["--train.stepz", "1"], "train.stepz is unknown"),
         (["--data.overlong", "error"], "exceeds max_length=2048, as do"),
         (["--data.max_length", "4K"], "max_length=4096 tokens fit into no group: the most"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import time
@@ -62,7 +63,7 @@ def train(config: Config, display: Display) -> None:
         type(model).__name__, f"{num_parameters:,}", dist.get_world_size(), dist.get_backend(),
     )  # fmt: skip
     model = build.prepare(model, config.model)
-    groups = GroupPool()
+    groups = GroupPool(timeout=datetime.timedelta(seconds=config.run.timeout_s))
     profile = build.build_profile(config, model, groups)
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
