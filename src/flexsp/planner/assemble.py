@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from flexsp.lengths import LengthArray, lengths_sha256
 from flexsp.planner.bound import lower_bound_s
@@ -13,6 +14,17 @@ from flexsp.profile import Profile
 GroupChoice = tuple[int, list[int]]
 """An sp_degree and the sequences that a group of it holds."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchChoice:
+    """A planner's choice for one micro-batch."""
+
+    groups: Sequence[GroupChoice]
+    policy: str | None = None
+    starts: Sequence[int] | None = None
+    """First rank of each group, where the planner placed them itself; by default `place` does."""
+
+
 OPTIMAL_GAP = 1e-9
 """A plan this close to the bound, relatively, is optimal: the rest is rounding."""
 
@@ -21,11 +33,12 @@ def assemble(
     planner: str,
     lengths: LengthArray,
     profile: Profile,
-    micro_batches: Sequence[Sequence[GroupChoice]],
+    micro_batches: Sequence[Sequence[GroupChoice] | MicroBatchChoice],
     solve_s: float,
 ) -> Plan:
-    """The Plan of these micro-batches; each must have a placement (as `place` finds it)."""
-    built = tuple(_micro_batch(groups, lengths, profile) for groups in micro_batches)
+    """The Plan of these micro-batches; each must come with its starts or have a placement (as `place` finds it)."""
+    choices = [c if isinstance(c, MicroBatchChoice) else MicroBatchChoice(groups=c) for c in micro_batches]
+    built = tuple(_micro_batch(choice, lengths, profile) for choice in choices)
     predicted_s = sum(micro_batch.predicted_s or 0.0 for micro_batch in built)
     bound_s = min(lower_bound_s(lengths, profile), predicted_s)  # above it by rounding at most
     proven = predicted_s <= bound_s * (1 + OPTIMAL_GAP)
@@ -41,20 +54,23 @@ def assemble(
     )
 
 
-def _micro_batch(groups: Sequence[GroupChoice], lengths: LengthArray, profile: Profile) -> MicroBatch:
-    starts = place([degree for degree, _ in groups], profile.num_devices, profile.devices_per_node)
-    assert starts is not None, f"planner chose degrees {[degree for degree, _ in groups]} that have no placement"
+def _micro_batch(choice: MicroBatchChoice, lengths: LengthArray, profile: Profile) -> MicroBatch:
+    degrees = [degree for degree, _ in choice.groups]
+    starts = choice.starts
+    if starts is None:
+        starts = place(degrees, profile.num_devices, profile.devices_per_node)
+    assert starts is not None, f"planner chose degrees {degrees} that have no placement"
     built = [
         Group(
             ranks=tuple(range(start, start + degree)),
             sequences=tuple(sequences),
-            predicted_s=profile.group_s(degree, lengths[sequences]),
+            predicted_s=profile.group_s(degree, lengths[sequences], choice.policy),
         )
-        for start, (degree, sequences) in zip(starts, groups, strict=True)
+        for start, (degree, sequences) in zip(starts, choice.groups, strict=True)
     ]
     built.sort(key=lambda group: group.ranks[0])
     slowest_s = max(group.predicted_s or 0.0 for group in built)
-    return MicroBatch(groups=tuple(built), predicted_s=profile.compute.fixed_s + slowest_s)
+    return MicroBatch(groups=tuple(built), predicted_s=profile.compute.fixed_s + slowest_s, policy=choice.policy)
 
 
 def usable_degrees(profile: Profile) -> list[int]:

@@ -1,0 +1,154 @@
+"""A solution of `flex` and the two kernels that make and better it.
+
+Letters: K = sequences, M = micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from flexsp.planner.jit import kernel
+from flexsp.planner.packing import Space, fill, fit_all
+from flexsp.planner.tables import Floats, Ints, Tables
+
+
+class Solution(NamedTuple):
+    """Which group of which micro-batch holds each sequence of the sorted batch."""
+
+    batch: Ints
+    """(K,) micro-batch."""
+    group: Ints
+    """(K,) the group's number in it, as `Space` numbers them."""
+    start: Ints
+    """(K,) the group's first rank, where `Tables.by_count` does not hold; else -1."""
+    cost_s: Floats
+    """(M,) the fixed cost and the slowest group; 0 where a micro-batch is empty."""
+    policy: Ints
+    """(M,) its number."""
+
+
+def empty_solution(num_sequences: int, num_micro_batches: int) -> Solution:
+    return Solution(
+        batch=np.full(num_sequences, -1, dtype=np.int64),
+        group=np.full(num_sequences, -1, dtype=np.int64),
+        start=np.full(num_sequences, -1, dtype=np.int64),
+        cost_s=np.zeros(num_micro_batches),
+        policy=np.zeros(num_micro_batches, dtype=np.int64),
+    )
+
+
+def copy_of(solution: Solution) -> Solution:
+    return Solution(*(field.copy() for field in solution))
+
+
+@kernel
+def commit(
+    t: Tables, space: Space, solution: Solution, m: int, target_s: float, p: int, pool: Ints, n: int, where: Ints
+) -> int:
+    """Fills micro-batch m of the solution from the pool and takes what it holds out of the pool; what is left."""
+    _, slowest_s = fill(t, space, pool, n, target_s, p, where)
+    solution.cost_s[m], solution.policy[m] = t.fixed_s + slowest_s, p
+    left = 0
+    for j in range(n):
+        i = pool[j]
+        if where[j] >= 0:
+            solution.batch[i], solution.group[i], solution.start[i] = m, where[j], space.start[where[j]]
+        else:
+            pool[left] = i
+            left += 1
+    return left
+
+
+@kernel
+def in_turn(
+    t: Tables, space: Space, target_s: Floats, policy: Ints, give_up_s: float, steps: int, solution: Solution
+) -> float:
+    """Fills micro-batches one after another, longest sequences first, each within its target; the last takes the rest.
+
+    Args:
+        target_s: (M,) seconds of each micro-batch but the last, fixed cost apart.
+        solution: written.
+
+    Returns:
+        Total seconds with fixed costs; infinite where that does not hold everything or reaches give_up_s.
+    """
+    n = len(t.tokens)
+    pool = np.arange(n)
+    where = np.empty(n, dtype=np.int64)
+    solution.cost_s[:] = 0.0
+    total_s = 0.0
+    last = len(target_s) - 1
+    for m in range(last):
+        if n > 0:
+            n = commit(t, space, solution, m, target_s[m], policy[m], pool, n, where)
+        total_s += solution.cost_s[m]
+        if total_s >= give_up_s:
+            return math.inf
+    if n == 0:
+        return total_s
+    high_s = give_up_s - total_s - t.fixed_s
+    last_s, last_target_s = fit_all(t, space, pool, n, policy[last], high_s, steps, where)
+    if last_s == math.inf:
+        return math.inf
+    commit(t, space, solution, last, last_target_s, policy[last], pool, n, where)
+    return total_s + solution.cost_s[last]
+
+
+@kernel
+def divide_anew(
+    t: Tables, space: Space, solution: Solution, a: int, b: int, factors: Floats, steps: int
+) -> tuple[float, int]:
+    """Divides the sequences of micro-batches a and b anew: one is filled to several targets, the other takes the rest.
+
+    Args:
+        solution: changed where that gains.
+        factors: (F,) targets tried for the first, relative to what a takes now.
+
+    Returns:
+        Seconds gained, at least 0, and sequences handled (the price).
+    """
+    num_policies = len(t.factor)
+    pool = np.empty(len(t.tokens), dtype=np.int64)
+    n = 0
+    for i in range(len(t.tokens)):
+        if solution.batch[i] == a or solution.batch[i] == b:
+            pool[n] = i
+            n += 1
+    if n == 0:
+        return 0.0, 0
+    rest, where = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64)
+    old_s = solution.cost_s[a] + solution.cost_s[b]
+    best_s = old_s * (1.0 - 1e-9)  # what is found must be better by more than rounding
+    first_target_s, second_target_s, first_p, second_p, handled = -1.0, 0.0, 0, 0, n
+    for p in range(num_policies):
+        together_s, target_s = fit_all(t, space, pool, n, p, best_s - t.fixed_s, steps, where)
+        if t.fixed_s + together_s < best_s:
+            best_s, first_target_s, first_p = t.fixed_s + together_s, target_s, p
+        for factor in factors:
+            target_s = (solution.cost_s[a] - t.fixed_s) * factor
+            left, first_s = fill(t, space, pool, n, target_s, p, where)
+            handled += n
+            if left == 0 or left == n or first_s + 2.0 * t.fixed_s >= best_s:
+                continue
+            left = 0
+            for j in range(n):
+                if where[j] < 0:
+                    rest[left] = pool[j]
+                    left += 1
+            first_s += 2.0 * t.fixed_s
+            for q in range(num_policies):
+                second_s, reached_s = fit_all(t, space, rest, left, q, best_s - first_s, steps, where)
+                handled += left if second_s == math.inf else left * (1 + steps // 2)
+                if first_s + second_s < best_s:
+                    best_s, first_target_s, second_target_s = first_s + second_s, target_s, reached_s
+                    first_p, second_p = p, q
+    if first_target_s < 0.0:
+        return 0.0, handled
+    solution.cost_s[b] = 0.0
+    left = commit(t, space, solution, a, first_target_s, first_p, pool, n, where)
+    if left > 0:
+        commit(t, space, solution, b, second_target_s, second_p, pool, left, where)
+    return old_s - solution.cost_s[a] - solution.cost_s[b], handled
