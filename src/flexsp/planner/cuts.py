@@ -16,6 +16,7 @@ import math
 import numpy as np
 
 from flexsp.planner.jit import kernel
+from flexsp.planner.packing import best_alone_s, longest_within
 from flexsp.planner.tables import Floats, Ints, Tables
 
 GRID = 64
@@ -61,16 +62,10 @@ def area_prefix(t: Tables, grid_s: Floats, bounds: Ints, p: int) -> tuple[Floats
     num_degrees = len(t.degrees)
     prefix = np.zeros((len(grid_s), len(bounds)))
     first = np.zeros(len(grid_s), dtype=np.int64)
-    limit = np.zeros(num_degrees)
+    limit = np.zeros(num_degrees, dtype=np.int64)
     for g in range(len(grid_s)):
         for k in range(num_degrees):
-            room_s = grid_s[g] - t.latency_s[k]
-            a = t.factor[p] * t.quadratic_s / t.degrees[k]
-            b = t.factor[p] * t.linear_s / t.degrees[k] + t.exchange_s[k]
-            limit[k] = 0.0
-            if room_s > 0.0:
-                root = b + math.sqrt(b * b + 4.0 * a * room_s)
-                limit[k] = float(t.capacity[p, k]) if root == 0.0 else min(t.capacity[p, k], 2.0 * room_s / root)
+            limit[k] = min(t.capacity[p, k], longest_within(t, grid_s[g] - t.latency_s[k], k, p))
         first[g] = len(t.tokens)
         total, at = 0.0, 0
         for i in range(len(t.tokens)):
@@ -92,39 +87,28 @@ def area_prefix(t: Tables, grid_s: Floats, bounds: Ints, p: int) -> tuple[Floats
 
 @kernel
 def piece_seconds(
-    t: Tables, grid_s: Floats, bounds: Ints, tokens_before: Floats, prefix: Floats, first: Ints, room_tokens: float
+    t: Tables, grid_s: Floats, bounds: Ints, tokens_before: Floats, prefix: Floats, first: Ints, p: int
 ) -> Floats:
-    """(B, B) surrogate seconds of the piece between two boundaries; infinite where memory does not hold it."""
+    """(B, B) surrogate seconds of the piece between two boundaries; infinite where memory does not hold it.
+
+    Args:
+        tokens_before: (B,) tokens before each boundary.
+        prefix, first: what `area_prefix` returns for policy number p.
+    """
     size = len(bounds)
     seconds = np.full((size, size), math.inf)
     for a in range(size - 1):
-        g = 0
+        g, alone_s = 0, best_alone_s(t, bounds[a], p)
         for b in range(a + 1, size):
-            if tokens_before[b] - tokens_before[a] > room_tokens:
+            if tokens_before[b] - tokens_before[a] > t.room_tokens[p]:
                 break
-            while g < len(grid_s) and (
-                first[g] > bounds[a] or prefix[g, b] - prefix[g, a] > t.num_devices * grid_s[g]
-            ):
+            while g < len(grid_s) and (first[g] > bounds[a] or prefix[g, b] - prefix[g, a] > t.num_devices * grid_s[g]):
                 g += 1  # the least time rises with the piece's end
             if g == len(grid_s):
                 break
             below_s = grid_s[g - 1] if g > 0 and first[g - 1] <= bounds[a] else 0.0
-            seconds[a, b] = max(
-                (prefix[g, b] - prefix[g, a]) / t.num_devices, below_s, best_start_s(t, bounds[a], grid_s, g)
-            )
+            seconds[a, b] = max((prefix[g, b] - prefix[g, a]) / t.num_devices, below_s, alone_s)
     return seconds
-
-
-@kernel
-def best_start_s(t: Tables, i: int, grid_s: Floats, g: int) -> float:
-    """What the piece's longest sequence takes at least, alone; never above the grid time that holds it."""
-    best_s = grid_s[g]
-    for p in range(len(t.factor)):
-        for k in range(len(t.degrees)):
-            if t.tokens[i] <= t.capacity[p, k]:
-                alone_s = t.factor[p] * t.work_s[i] / t.degrees[k] + t.tokens[i] * t.exchange_s[k] + t.latency_s[k]
-                best_s = min(best_s, alone_s)
-    return best_s
 
 
 @kernel

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flexsp.lengths import LengthArray
-from flexsp.planner.assemble import MicroBatchChoice, assemble, infeasible, too_long, usable_degrees
+from flexsp.planner.assemble import MicroBatchChoice, assemble, infeasible, too_long
+from flexsp.planner.degrees import usable_degrees
 from flexsp.planner.tables import Ints, Tables, policy_names, sorted_order, tables
 from flexsp.plans import Plan
 from flexsp.profile import Profile
@@ -40,7 +41,7 @@ SCALES = (1.0, 1.02, 1.05, 1.09, 1.14)
 COARSE = (0.75, 0.85, 0.92, 0.96, 0.98, 1.0, 1.02, 1.04, 1.08, 1.16, 1.3)
 FINE = (0.97, 0.985, 0.993, 0.997, 1.003, 1.007, 1.015, 1.03)
 """Targets tried when two micro-batches are divided anew, relative to what the first takes."""
-EFFORT = 160
+EFFORT = 320
 """Without a time limit: how often the whole batch may be packed in step 4."""
 STEPS = 6
 """Bisections for the least time within which a micro-batch holds what it must."""
@@ -159,7 +160,7 @@ class _Search:
         pieces = []
         for p in range(len(t.factor)):
             prefix_s, first = area_prefix(t, grid_s, bounds, p)
-            pieces.append(piece_seconds(t, grid_s, bounds, before, prefix_s, first, float(t.room_tokens[p])))
+            pieces.append(piece_seconds(t, grid_s, bounds, before, prefix_s, first, p))
         policy_of = np.argmin(pieces, axis=0)
         seconds = np.min(pieces, axis=0)
         fewest = max(1, math.ceil(before[-1] / t.room_tokens.max()))
@@ -211,7 +212,7 @@ class _Search:
         count = len(solution.cost_s)
         version = [0] * count
         tried: dict[tuple[int, int, int], tuple[int, int]] = {}
-        for r, factors in enumerate((COARSE, FINE, FINE, COARSE, FINE, FINE, FINE)):
+        for factors in (COARSE, FINE, FINE, COARSE, FINE, FINE, FINE):
             kind = 0 if factors is COARSE else 1
             for a, b in _pairs(count):
                 if handled >= budget or self._late():

@@ -27,7 +27,7 @@ SLACK = 1e-12
 
 
 class Space(NamedTuple):
-    """What `fill` writes: the groups of the micro-batch filled last. Groups of degree k are first[k], first[k] + 1, ..."""
+    """What `fill` writes: the groups of the micro-batch filled last, those of degree k from number first[k] on."""
 
     first: Ints
     """(D,) the first group's number by degree."""
@@ -88,7 +88,7 @@ def longest_within(t: Tables, seconds: float, k: int, p: int) -> int:
 @kernel
 def sequence_s(t: Tables, i: int, k: int, p: int) -> float:
     """Seconds of sequence i in a group of degree number k, latency apart."""
-    return t.factor[p] * t.work_s[i] / t.degrees[k] + t.tokens[i] * t.exchange_s[k]
+    return float(t.factor[p] * t.work_s[i] / t.degrees[k] + t.tokens[i] * t.exchange_s[k])
 
 
 @kernel
@@ -110,7 +110,7 @@ def _next_start(t: Tables, space: Space, k: int) -> int:
                     taken = r
             if taken < 0:
                 space.cursor[k] = at
-                return at
+                return int(at)
         at += 1
     space.cursor[k] = at
     return -1
@@ -132,7 +132,7 @@ def _open(t: Tables, space: Space, k: int, used: int) -> int:
     space.opened[k] += 1
     space.load_s[g] = t.latency_s[k]
     space.held[g] = 0
-    return g
+    return int(g)
 
 
 @kernel
@@ -143,7 +143,7 @@ def _first_with_room(space: Space, k: int, tokens: int) -> int:
         v *= 2
         if space.rooms[root + v] < tokens:
             v += 1
-    return space.first[k] + v - space.leaves[k]
+    return int(space.first[k] + v - space.leaves[k])
 
 
 @kernel
@@ -171,9 +171,7 @@ def _full(t: Tables, space: Space, used: int, tokens: int) -> bool:
 
 
 @kernel
-def fill(
-    t: Tables, space: Space, pool: Ints, n: int, target_s: float, p: int, where: Ints
-) -> tuple[int, float]:
+def fill(t: Tables, space: Space, pool: Ints, n: int, target_s: float, p: int, where: Ints) -> tuple[int, float]:
     """Fills a micro-batch with what fits of the pool within `target_s` (fixed cost apart) under policy number p.
 
     Args:

@@ -41,7 +41,13 @@ def empty_solution(num_sequences: int, num_micro_batches: int) -> Solution:
 
 
 def copy_of(solution: Solution) -> Solution:
-    return Solution(*(field.copy() for field in solution))
+    return Solution(
+        batch=solution.batch.copy(),
+        group=solution.group.copy(),
+        start=solution.start.copy(),
+        cost_s=solution.cost_s.copy(),
+        policy=solution.policy.copy(),
+    )
 
 
 @kernel
@@ -94,7 +100,7 @@ def in_turn(
     if last_s == math.inf:
         return math.inf
     commit(t, space, solution, last, last_target_s, policy[last], pool, n, where)
-    return total_s + solution.cost_s[last]
+    return float(total_s + solution.cost_s[last])
 
 
 @kernel

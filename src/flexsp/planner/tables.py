@@ -68,7 +68,7 @@ def tables(lengths: LengthArray, profile: Profile, degrees: list[int]) -> Tables
     tokens = -np.sort(-lengths)
     compute, policies = profile.compute, policy_names(profile)
     n, per_node = profile.num_devices, profile.devices_per_node
-    work_s = (compute.quadratic_s * tokens + compute.linear_s) * tokens
+    work_s: Floats = np.asarray((compute.quadratic_s * tokens + compute.linear_s) * tokens, dtype=np.float64)
     exchange_s = np.array([profile.exchange_s_per_token(d) for d in degrees], dtype=np.float64)
     capacity = np.array(
         [[min(profile.capacity_tokens(d, p), MOST_TOKENS) for d in degrees] for p in policies], dtype=np.int64
