@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,8 +79,13 @@ def _micro_batch(choice: MicroBatchChoice, lengths: LengthArray, profile: Profil
     return MicroBatch(groups=tuple(built), predicted_s=profile.compute.fixed_s + slowest_s, policy=choice.policy)
 
 
-def too_long(lengths: LengthArray, profile: Profile, degrees: Sequence[int]) -> str | None:
-    """Why the longest sequence fits into no group of these degrees; None where it fits."""
+def too_long(
+    lengths: LengthArray, profile: Profile, degrees: Sequence[int], policies: Sequence[str | None] = (None,)
+) -> str | None:
+    """Why the longest sequence fits into no group of these degrees under these policies; None where it fits.
+
+    The reason says which sequence, what it needs, and what would make it fit.
+    """
     index = int(lengths.argmax())
     length = int(lengths[index])
     if not degrees:
@@ -87,13 +93,21 @@ def too_long(lengths: LengthArray, profile: Profile, degrees: Sequence[int]) -> 
             f"no degree of sp_degrees={list(profile.sp_degrees)} has a legal place on "
             f"num_devices={profile.num_devices} with devices_per_node={profile.devices_per_node}; list other degrees"
         )
-    best = max(degrees, key=profile.capacity_tokens)
-    capacity = profile.capacity_tokens(best)
+    degree, policy = max(
+        ((d, p) for d in degrees for p in policies), key=lambda choice: profile.capacity_tokens(*choice)
+    )
+    capacity = profile.capacity_tokens(degree, policy)
     if length <= capacity:
         return None
+    per_token = profile.activation_bytes_per_token(policy)
+    room_bytes = profile.memory.memory_bytes - profile.memory.model_state_bytes
+    under = f" under policy {policy!r}" if policy else ""
     return (
-        f"lengths[{index}]={length} tokens fit into no group: sp_degree={best} holds at most {capacity} tokens; "
-        f"drop or split the sequence, allow a higher degree, or give each device more memory"
+        f"lengths[{index}]={length} tokens fit into no group: sp_degree={degree}{under} holds at most {capacity} "
+        f"tokens, and with {length} needs {profile.group_bytes(degree, length, policy):.4g} bytes a device of "
+        f"memory_bytes={profile.memory.memory_bytes:.4g}; a degree of {math.ceil(length * per_token / room_bytes)} or "
+        f"activations of {room_bytes * degree / length:.4g} bytes a token (now {per_token:.4g}) would hold it, or drop "
+        f"or split the sequence"
     )
 
 

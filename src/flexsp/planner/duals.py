@@ -97,7 +97,7 @@ def priced(
                     price += latency_s
                     time_a, memory_b = time_share[w, p, d] * a, (1.0 - time_share[w, p, d]) * b
                     # min over t in [begin, end] of (price + t) (time_a / t + memory_b), which is convex in t
-                    if memory_b == 0.0 or memory_b * end_s * end_s <= time_a * price:
+                    if price >= 0.0 and (memory_b == 0.0 or memory_b * end_s * end_s <= time_a * price):
                         t = end_s
                     elif memory_b * begin_s * begin_s >= time_a * price:
                         t = begin_s

@@ -26,6 +26,7 @@ import numpy as np
 from flexsp.lengths import LengthArray
 from flexsp.planner.assemble import MicroBatchChoice, assemble, infeasible, too_long
 from flexsp.planner.degrees import usable_degrees
+from flexsp.planner.placement import few_layouts
 from flexsp.planner.tables import Ints, Tables, policy_names, sorted_order, tables
 from flexsp.plans import Plan
 from flexsp.profile import Profile
@@ -45,6 +46,12 @@ EFFORT = 320
 """Without a time limit: how often the whole batch may be packed in step 4."""
 STEPS = 6
 """Bisections for the least time within which a micro-batch holds what it must."""
+SPREADS = (0.0, 1.0, 4.0, 0.0, 16.0)
+"""By how many places the order of choosing is shaken."""
+FEW_ROUNDS = 60
+"""With few sequences, new starts whatever the time."""
+FEW = 24
+"""With at most so many sequences, every mode of filling is tried everywhere: it costs nothing."""
 
 
 def plan_flex(lengths: LengthArray, profile: Profile, time_limit_s: float | None = None) -> Plan:
@@ -63,10 +70,13 @@ def plan_flex(lengths: LengthArray, profile: Profile, time_limit_s: float | None
     if time_limit_s is not None and not time_limit_s >= 0:
         raise ValueError(f"time_limit_s={time_limit_s} must be at least 0; give seconds, or leave it out")
     degrees = usable_degrees(profile)
-    if reason := too_long(lengths, profile, degrees):
+    if reason := too_long(lengths, profile, degrees, policy_names(profile)):
         return infeasible("flex", lengths, profile, reason, time.perf_counter() - began)
     order = sorted_order(lengths)
-    search = _Search(tables(lengths, profile, degrees), began + time_limit_s if time_limit_s is not None else None)
+    layouts = few_layouts(degrees, profile, len(lengths)) if len(lengths) <= FEW else []
+    search = _Search(
+        tables(lengths, profile, degrees, layouts), began + time_limit_s if time_limit_s is not None else None
+    )
     solution = search.run()
     return assemble(
         "flex", lengths, profile, _choices(solution, search, order, policy_names(profile)), time.perf_counter() - began
@@ -82,7 +92,7 @@ def _choices(solution: Solution, search: _Search, order: Ints, policies: list[st
     return [
         MicroBatchChoice(
             groups=[(int(degree_of[g]), order[members].tolist()) for g, members in groups.items()],
-            policy=policies[int(solution.policy[m])],
+            policy=policies[int(solution.mode[m]) // (len(search.t.degrees) + len(search.t.layouts))],
             starts=None if search.t.by_count else [int(solution.start[members[0]]) for members in groups.values()],
         )
         for m, groups in sorted(held.items())
@@ -97,6 +107,11 @@ class _Search:
     deadline: float | None
     """`time.perf_counter()` at which to stop; None: after EFFORT."""
     space: Space = field(init=False)
+    plain: Ints = field(init=False)
+    """One mode of filling for each policy: groups of any degree."""
+    modes: Ints = field(init=False)
+    """All modes of filling."""
+    steps: int = field(init=False)
     best: Solution | None = None
     best_s: float = math.inf
 
@@ -104,6 +119,11 @@ class _Search:
         from flexsp.planner.packing import space_for
 
         self.space = space_for(self.t)
+        num_degrees, few = len(self.t.degrees), len(self.t.tokens) <= FEW
+        manners = num_degrees + len(self.t.layouts)
+        self.modes = np.arange(len(self.t.factor) * manners)
+        self.plain = self.modes[self.modes % manners < (num_degrees if few else 1)]
+        self.steps = -10 if few else STEPS
 
     def run(self) -> Solution:
         starts = sorted(self._starts(), key=lambda start: start[0])
@@ -114,9 +134,13 @@ class _Search:
         handled = 0
         for share, (_, solution) in zip((0.7, 1.0), starts, strict=False):
             handled = self._improve(solution, handled, share * EFFORT * len(self.t.tokens))
-        if self.deadline is not None:
-            self._wander(starts)
         assert self.best is not None
+        self._regroup(self.best)
+        few = len(self.t.tokens) <= FEW
+        if few or self.deadline is not None:
+            for _, solution in starts:
+                self._improve(solution, 0, math.inf)
+            self._shake(FEW_ROUNDS if few else 0)
         return self.best
 
     def _keep(self, total_s: float, solution: Solution) -> None:
@@ -133,8 +157,8 @@ class _Search:
         from flexsp.planner.search import copy_of, empty_solution, in_turn
 
         t = self.t
-        found, best_s = 0, math.inf
-        for surrogate_s, targets_s, policy in self._targets():
+        found, best_s, order = 0, math.inf, np.arange(len(t.tokens))
+        for surrogate_s, targets_s, mode in self._targets():
             if found and (surrogate_s >= best_s or self._late()):
                 break
             solution, best = empty_solution(len(t.tokens), len(targets_s)), None
@@ -142,7 +166,7 @@ class _Search:
             for scale in SCALES:
                 # A start somewhat worse than the best may yet end better.
                 give_up_s = min(own_s, best_s * 1.02) if found else own_s if own_s < math.inf else 1e30
-                total_s = in_turn(t, self.space, targets_s * scale, policy, give_up_s, STEPS, solution)
+                total_s = in_turn(t, self.space, order, targets_s * scale, mode, give_up_s, self.steps, solution)
                 if total_s < own_s:
                     own_s, best = total_s, copy_of(solution)
             if best is not None:
@@ -151,10 +175,11 @@ class _Search:
                 yield own_s, best
 
     def _targets(self) -> list[tuple[float, np.ndarray, Ints]]:
-        """Step 2: for each count of micro-batches, the surrogate's total, each one's seconds and policy."""
+        """Step 2: for each count of micro-batches, the surrogate's total, each one's seconds and mode."""
         from flexsp.planner.cuts import area_prefix, best_cuts, boundaries, piece_seconds, time_grid
 
         t = self.t
+        manners = len(t.degrees) + len(t.layouts)
         bounds, grid_s = boundaries(t), time_grid(t)
         before = np.concatenate(([0], np.cumsum(t.tokens)))[bounds].astype(np.float64)
         pieces = []
@@ -177,7 +202,7 @@ class _Search:
             targets.append((
                 float(total_s[count, -1]) + count * t.fixed_s,
                 np.array([seconds[pair] for pair in pairs]),
-                np.array([policy_of[pair] for pair in pairs], dtype=np.int64),
+                np.array([policy_of[pair] for pair in pairs], dtype=np.int64) * manners,
             ))  # fmt: skip
         return sorted(targets, key=lambda target: target[0])
 
@@ -192,17 +217,18 @@ class _Search:
         solution, m = empty_solution(n, n), 0
         while n > 0:
             best = (-1.0, 0.0, 0)
-            for p in range(len(t.factor)):
-                alone_s = best_alone_s(t, int(pool[0]), p)
+            for mode in self.plain.tolist():
+                alone_s = best_alone_s(t, int(pool[0]), mode // (len(t.degrees) + len(t.layouts)))
                 if alone_s == math.inf:
                     continue
                 for factor in (1.0, 1.3, 1.7, 2.5, 4.0, 8.0):
-                    _, slowest_s = fill(t, self.space, pool, n, alone_s * factor, p, where)
-                    rate = float(t.area_s[pool[:n][where[:n] >= 0]].sum()) / (t.fixed_s + slowest_s)
-                    best = max(best, (rate, alone_s * factor, p))
+                    _, slowest_s = fill(t, self.space, pool, n, alone_s * factor, mode, where)
+                    seconds = max(t.fixed_s + slowest_s, 1e-30)
+                    rate = float(t.area_s[pool[:n][where[:n] >= 0]].sum()) / seconds
+                    best = max(best, (rate, alone_s * factor, mode))
             n = commit(t, self.space, solution, m, best[1], best[2], pool, n, where)
             m += 1
-        solution = solution._replace(cost_s=solution.cost_s[:m].copy(), policy=solution.policy[:m].copy())
+        solution = solution._replace(cost_s=solution.cost_s[:m].copy(), mode=solution.mode[:m].copy())
         return float(solution.cost_s.sum()), solution
 
     def _improve(self, solution: Solution, handled: int, budget: float) -> int:
@@ -211,16 +237,19 @@ class _Search:
 
         count = len(solution.cost_s)
         version = [0] * count
+        together = self.modes if len(self.t.tokens) <= FEW else self.plain
         tried: dict[tuple[int, int, int], tuple[int, int]] = {}
         for factors in (COARSE, FINE, FINE, COARSE, FINE, FINE, FINE):
-            kind = 0 if factors is COARSE else 1
+            kind, wanted = int(factors is FINE), np.array(factors)
             for a, b in _pairs(count):
                 if handled >= budget or self._late():
                     self._keep(float(solution.cost_s.sum()), solution)
                     return handled
                 if tried.get((kind, a, b)) == (version[a], version[b]):
                     continue
-                gained_s, price = divide_anew(self.t, self.space, solution, a, b, np.array(factors), STEPS)
+                gained_s, price = divide_anew(
+                    self.t, self.space, solution, a, b, wanted, self.plain, together, self.steps
+                )
                 handled += price
                 if gained_s > 0.0:
                     version[a] += 1
@@ -229,24 +258,40 @@ class _Search:
         self._keep(float(solution.cost_s.sum()), solution)
         return handled
 
-    def _wander(self, starts: list[tuple[float, Solution]]) -> None:
-        """Until the deadline: the other starts, then ever new ones whose targets are those of the best plan, shaken."""
-        from flexsp.planner.search import copy_of, empty_solution, in_turn
+    def _regroup(self, solution: Solution) -> None:
+        """The sequences of each micro-batch grouped anew, in every mode."""
+        from flexsp.planner.search import divide_anew
 
-        for _, solution in starts:
+        for m in range(len(solution.cost_s)):
+            if self._late():
+                break
+            divide_anew(self.t, self.space, solution, m, m, np.ones(1), self.plain, self.modes, self.steps)
+        self.best_s = float(solution.cost_s.sum())
+
+    def _shake(self, rounds: int) -> None:
+        """At least `rounds`, and then until the deadline, new starts: the best plan's targets and the order, shaken."""
+        from flexsp.planner.search import empty_solution, in_turn
+
+        t, random = self.t, np.random.default_rng(0)  # seeded: nothing but the clock decides what is found
+        done = 0
+        while done < rounds or (self.deadline is not None and not self._late()):
             if self._late():
                 return
-            self._improve(solution, 0, math.inf)
-        random = np.random.default_rng(0)  # seeded: only the clock decides where this stops
-        while not self._late():
             assert self.best is not None
             used = np.argsort(-self.best.cost_s, kind="stable")[: np.count_nonzero(self.best.cost_s)]
-            targets_s = (self.best.cost_s[used] - self.t.fixed_s) * np.exp(random.normal(0.0, 0.06, len(used)))
-            solution = empty_solution(len(self.t.tokens), len(used))
-            give_up_s = self.best_s * 1.05
-            total_s = in_turn(self.t, self.space, targets_s, self.best.policy[used], give_up_s, STEPS, solution)
+            targets_s = (self.best.cost_s[used] - t.fixed_s) * np.exp(random.normal(0.0, 0.06, len(used)))
+            spread = SPREADS[done % len(SPREADS)]
+            order = np.argsort(np.arange(len(t.tokens)) + spread * random.normal(size=len(t.tokens)), kind="stable")
+            mode = self.best.mode[used].copy()
+            if len(t.tokens) <= FEW:
+                if done % 3 == 2:  # one micro-batch more
+                    targets_s = np.append(targets_s, targets_s[-1])
+                mode = random.choice(self.modes, len(targets_s))
+            solution = empty_solution(len(t.tokens), len(mode))
+            total_s = in_turn(t, self.space, order, targets_s, mode, self.best_s * 1.05, self.steps, solution)
             if total_s < math.inf:
-                self._improve(copy_of(solution), 0, math.inf)
+                self._improve(solution, 0, math.inf)
+            done += 1
 
 
 def _pairs(count: int) -> Iterator[tuple[int, int]]:

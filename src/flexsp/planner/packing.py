@@ -7,7 +7,12 @@ O(log N). Sequences come longest first; each goes, in this order of preference,
 
 1. into the first group with room among those of its own degree, the cheapest in device-seconds that meets the target,
 2. into a new group of that degree,
-3. into the first group with room of any other degree: a gap that would idle otherwise.
+3. into the first group with room of any other degree: a gap that would idle otherwise,
+4. into a new group of any other degree that meets the target.
+
+How a micro-batch is filled is its *mode*: a policy, and either the least degree that groups are opened with (with more
+devices than work, a group larger than the cheapest is worth its price) or a layout, groups that are open from the start
+and to which none are added.
 
 What fits nowhere stays in the pool for another micro-batch. Cost: O(n (D + log N)) for n sequences and D degrees.
 """
@@ -19,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexsp.planner.jit import kernel
+from flexsp.planner.jit import inlined, kernel
 from flexsp.planner.tables import Floats, Ints, Tables
 
 SLACK = 1e-12
@@ -72,7 +77,7 @@ def space_for(t: Tables) -> Space:
     )
 
 
-@kernel
+@inlined
 def longest_within(t: Tables, seconds: float, k: int, p: int) -> int:
     """The longest sequence (tokens) that degree number k computes and exchanges within `seconds`, latency apart."""
     if seconds <= 0.0:
@@ -85,7 +90,7 @@ def longest_within(t: Tables, seconds: float, k: int, p: int) -> int:
     return int(2.0 * seconds / root)
 
 
-@kernel
+@inlined
 def sequence_s(t: Tables, i: int, k: int, p: int) -> float:
     """Seconds of sequence i in a group of degree number k, latency apart."""
     return float(t.factor[p] * t.work_s[i] / t.degrees[k] + t.tokens[i] * t.exchange_s[k])
@@ -116,7 +121,7 @@ def _next_start(t: Tables, space: Space, k: int) -> int:
     return -1
 
 
-@kernel
+@inlined
 def _open(t: Tables, space: Space, k: int, used: int) -> int:
     """Opens a group of degree number k; its number, or -1 where no ranks are left for it."""
     degree = t.degrees[k]
@@ -135,7 +140,7 @@ def _open(t: Tables, space: Space, k: int, used: int) -> int:
     return int(g)
 
 
-@kernel
+@inlined
 def _first_with_room(space: Space, k: int, tokens: int) -> int:
     """The first open group of degree number k that takes a sequence of `tokens`; there is one."""
     root, v = space.root[k], 1
@@ -146,7 +151,7 @@ def _first_with_room(space: Space, k: int, tokens: int) -> int:
     return int(space.first[k] + v - space.leaves[k])
 
 
-@kernel
+@inlined
 def _set_room(space: Space, k: int, g: int, room: int) -> None:
     root = space.root[k]
     v = space.leaves[k] + g - space.first[k]
@@ -159,7 +164,7 @@ def _set_room(space: Space, k: int, g: int, room: int) -> None:
         space.rooms[root + v] = larger
 
 
-@kernel
+@inlined
 def _full(t: Tables, space: Space, used: int, tokens: int) -> bool:
     """Whether no sequence of `tokens` or more can find a place any more."""
     if used + t.degrees[0] <= t.num_devices:
@@ -171,11 +176,12 @@ def _full(t: Tables, space: Space, used: int, tokens: int) -> bool:
 
 
 @kernel
-def fill(t: Tables, space: Space, pool: Ints, n: int, target_s: float, p: int, where: Ints) -> tuple[int, float]:
-    """Fills a micro-batch with what fits of the pool within `target_s` (fixed cost apart) under policy number p.
+def fill(t: Tables, space: Space, pool: Ints, n: int, target_s: float, mode: int, where: Ints) -> tuple[int, float]:
+    """Fills a micro-batch with what fits of the pool within `target_s` (fixed cost apart).
 
     Args:
-        pool: (>= n,) the first n are the sequences to choose from, longest first.
+        mode: policy number * (D + L) + number of the least degree to open, or D + number of the layout.
+        pool: (>= n,) the first n are the sequences to choose from, in the order of choosing, best longest first.
         where: (>= n,) written: the group's number in `space` of each, -1 where it stays in the pool.
 
     Returns:
@@ -183,6 +189,8 @@ def fill(t: Tables, space: Space, pool: Ints, n: int, target_s: float, p: int, w
     """
     target_s = target_s * (1.0 + SLACK)
     num_degrees = len(t.degrees)
+    p, manner = divmod(mode, num_degrees + len(t.layouts))
+    least_k = manner if manner < num_degrees else 0
     space.rooms[:] = 0
     space.opened[:] = 0
     if not t.by_count:
@@ -190,18 +198,26 @@ def fill(t: Tables, space: Space, pool: Ints, n: int, target_s: float, p: int, w
         space.cursor[:] = 0
     for k in range(num_degrees):
         space.limit[k] = min(t.capacity[p, k], longest_within(t, target_s - t.latency_s[k], k, p))
+    shortest = t.tokens[pool[:n].max()]
     used, left, slowest_s = 0, 0, 0.0
+    if manner >= num_degrees:
+        for k in range(num_degrees - 1, -1, -1):
+            for _ in range(t.layouts[manner - num_degrees, k]):
+                g = _open(t, space, k, used)
+                if g >= 0:
+                    used += t.degrees[k]
+                    _set_room(space, k, g, space.limit[k])
+        used = t.num_devices  # none are added
     for j in range(n):
         i = pool[j]
         tokens = t.tokens[i]
         own, least = -1, math.inf
-        for k in range(num_degrees):
+        for k in range(least_k, num_degrees):
             if space.limit[k] >= tokens:
                 device_s = t.degrees[k] * (tokens * t.exchange_s[k] + t.latency_s[k])
                 if device_s < least:
                     own, least = k, device_s
-        g = -1
-        k = own
+        g, k = -1, own
         if own >= 0:
             if space.rooms[space.root[own] + 1] >= tokens:
                 g = _first_with_room(space, own, tokens)
@@ -209,15 +225,23 @@ def fill(t: Tables, space: Space, pool: Ints, n: int, target_s: float, p: int, w
                 g = _open(t, space, own, used)
                 if g >= 0:
                     used += t.degrees[own]
-                else:
-                    for other in range(num_degrees):
-                        if space.rooms[space.root[other] + 1] >= tokens:
-                            g, k = _first_with_room(space, other, tokens), other
-                            break
+        if g < 0:
+            for other in range(num_degrees):
+                if space.rooms[space.root[other] + 1] >= tokens:
+                    g, k = _first_with_room(space, other, tokens), other
+                    break
+        if g < 0 and used + t.degrees[0] <= t.num_devices:
+            for other in range(num_degrees):
+                if other != own and space.limit[other] >= tokens:
+                    g = _open(t, space, other, used)
+                    if g >= 0:
+                        k = other
+                        used += t.degrees[other]
+                        break
         where[j] = g
         if g < 0:
             left += 1
-            if _full(t, space, used, t.tokens[pool[n - 1]]):
+            if _full(t, space, used, shortest):
                 where[j:n] = -1
                 return left + n - 1 - j, slowest_s
             continue
@@ -241,30 +265,39 @@ def best_alone_s(t: Tables, i: int, p: int) -> float:
 
 @kernel
 def fit_all(
-    t: Tables, space: Space, pool: Ints, n: int, p: int, high_s: float, steps: int, where: Ints
+    t: Tables, space: Space, pool: Ints, n: int, mode: int, high_s: float, steps: int, where: Ints
 ) -> tuple[float, float]:
-    """The least target found, by at most `steps` bisections below `high_s`, within which the whole pool fits.
+    """The least target found, by at most |steps| bisections below `high_s`, within which the whole pool fits.
+
+    Args:
+        steps: where negative, targets below high_s are tried too if the pool does not fit within it: a longer target
+            opens smaller groups, so it may hold less.
 
     Returns:
-        Seconds of the slowest group, and the target at which `fill` reaches them; infinite where the pool does not fit
-        within high_s. `where` and `space` are those of some target, not of the best: fill again.
+        Seconds of the slowest group, and the target at which `fill` reaches them; infinite where the pool was not made
+        to fit. `where` and `space` are those of some target, not of the best: fill again.
     """
     tokens, area_s = 0, 0.0
     for j in range(n):
         tokens += t.tokens[pool[j]]
         area_s += t.area_s[pool[j]]
-    low_s = max(best_alone_s(t, pool[0], p), area_s / t.num_devices)
+    p = mode // (len(t.degrees) + len(t.layouts))
+    low_s = max(best_alone_s(t, pool[:n].min(), p), area_s / t.num_devices)
     if tokens > t.room_tokens[p] or low_s > high_s * (1.0 + SLACK):
         return math.inf, high_s
-    left, best_s = fill(t, space, pool, n, high_s, p, where)
+    target_s, best_s, left = high_s, math.inf, n
+    for probe in range(1 if steps > 0 else 4):
+        target_s = high_s if probe == 0 else low_s * (high_s / low_s) ** (1.0 - probe / 3.0)
+        left, best_s = fill(t, space, pool, n, target_s, mode, where)
+        if left == 0 or low_s <= 0.0:
+            break
     if left > 0:
         return math.inf, high_s
-    target_s = high_s
-    for _ in range(steps):
+    for _ in range(abs(steps)):
         if best_s <= low_s * (1.0 + 1e-3):
             break
         middle_s = 0.5 * (low_s + best_s)
-        left, slowest_s = fill(t, space, pool, n, middle_s, p, where)
+        left, slowest_s = fill(t, space, pool, n, middle_s, mode, where)
         if left > 0:
             low_s = middle_s
         elif slowest_s < best_s:

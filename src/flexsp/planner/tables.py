@@ -49,6 +49,8 @@ class Tables(NamedTuple):
     """(P,) the most tokens of a micro-batch, all devices together."""
     at_once: Ints
     """(D,) how many groups of one degree a micro-batch can have."""
+    layouts: Ints
+    """(L, D) groups of each degree: layouts worth trying as such, where there are few; each has a placement."""
     by_count: bool
     """Whether degrees have a placement exactly where their sum is at most num_devices."""
 
@@ -63,8 +65,14 @@ def sorted_order(lengths: LengthArray) -> Ints:
     return np.argsort(-lengths, kind="stable")
 
 
-def tables(lengths: LengthArray, profile: Profile, degrees: list[int]) -> Tables:
-    """`lengths` (tokens, any order) and `profile` as arrays; `degrees` are the usable ones, ascending."""
+def tables(
+    lengths: LengthArray, profile: Profile, degrees: list[int], layouts: list[tuple[int, ...]] | None = None
+) -> Tables:
+    """`lengths` (tokens, any order) and `profile` as arrays; `degrees` are the usable ones, ascending.
+
+    Args:
+        layouts: by group, the degrees of layouts to be tried as such.
+    """
     tokens = -np.sort(-lengths)
     compute, policies = profile.compute, policy_names(profile)
     n, per_node = profile.num_devices, profile.devices_per_node
@@ -91,6 +99,9 @@ def tables(lengths: LengthArray, profile: Profile, degrees: list[int]) -> Tables
         area_s=_least_area_s(tokens, work_s, exchange_s, degrees, capacity, factor),
         room_tokens=np.array([room_bytes / profile.activation_bytes_per_token(p) for p in policies]) * (1 + 1e-12),
         at_once=np.array([most_groups(d, n, per_node) for d in degrees], dtype=np.int64),
+        layouts=np.array([[layout.count(d) for d in degrees] for layout in layouts or []], dtype=np.int64).reshape(
+            -1, len(degrees)
+        ),
         by_count=all(_power_of_two(d) for d in degrees) and (_power_of_two(per_node) or per_node >= n),
     )
 
