@@ -37,8 +37,8 @@ def profile_of(
         sp_degrees=sp_degrees,
         compute=Compute(quadratic_s=quadratic_s, linear_s=linear_s, fixed_s=fixed_s),
         all_to_all=AllToAll(
-            bytes_per_token=1.0,
-            bandwidth_bytes_per_s={d: 1.0 / seconds for d, seconds in inside.items()},
+            bytes_per_token=1.0 if exchange_s else 0.0,
+            bandwidth_bytes_per_s={d: 1.0 / (seconds or 1.0) for d, seconds in inside.items()},
             latency_s={d: latency_s for d in inside} if latency_s else {},
         ),
         memory=Memory(

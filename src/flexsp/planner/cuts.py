@@ -39,6 +39,7 @@ def time_grid(t: Tables, size: int = GRID) -> Floats:
             )
     at_once = np.cumsum(t.tokens) <= t.room_tokens.max()
     high_s = max(float(alone_s), 2.0 * float(t.factor.max()) * float(t.area_s[at_once].sum()) / t.num_devices)
+    high_s = max(high_s, 1e-9)  # where nothing costs anything, any time is enough
     return np.geomspace(high_s / 100, high_s * 1.001, size)
 
 
