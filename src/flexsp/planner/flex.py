@@ -221,13 +221,15 @@ class _Search:
                 alone_s = best_alone_s(t, int(pool[0]), mode // (len(t.degrees) + len(t.layouts)))
                 if alone_s == math.inf:
                     continue
+                alone_s = max(alone_s, 1e-9)  # within no time nothing fits, not even what costs nothing
                 for factor in (1.0, 1.3, 1.7, 2.5, 4.0, 8.0):
                     _, slowest_s = fill(t, self.space, pool, n, alone_s * factor, mode, where)
                     seconds = max(t.fixed_s + slowest_s, 1e-30)
                     rate = float(t.area_s[pool[:n][where[:n] >= 0]].sum()) / seconds
                     best = max(best, (rate, alone_s * factor, mode))
-            n = commit(t, self.space, solution, m, best[1], best[2], pool, n, where)
-            m += 1
+            left = commit(t, self.space, solution, m, best[1], best[2], pool, n, where)
+            assert left < n, f"{n} sequences fit no micro-batch"
+            n, m = left, m + 1
         solution = solution._replace(cost_s=solution.cost_s[:m].copy(), mode=solution.mode[:m].copy())
         return float(solution.cost_s.sum()), solution
 
