@@ -79,5 +79,8 @@ def profiles(draw: st.DrawFn, most_devices: int = 8, policies: bool = True) -> P
 
 def lengths(most: int = 6) -> st.SearchStrategy[list[int]]:
     """A few lengths, often equal, some long."""
-    return st.lists(st.one_of(st.integers(1, 60), st.sampled_from([1, 20, 100, 333, 400]), st.integers(1, 900)),
-                    min_size=1, max_size=most)
+    return st.lists(
+        st.one_of(st.integers(1, 60), st.sampled_from([1, 20, 100, 333, 400]), st.integers(1, 900)),
+        min_size=1,
+        max_size=most,
+    )
