@@ -125,6 +125,7 @@ def reference(directory: Path, profiles: Path) -> list[dict[str, Any]]:
 
 def milp(directory: Path, profiles: Path, time_limit_s: float) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    flexsp.plan([1], published_profile())  # compiles
     for batch, profile, published_s in batches(directory, profiles):
         lengths = np.array(batch["lengths"])
         plan = flexsp.plan(lengths, profile, "milp", time_limit_s=time_limit_s)

@@ -12,7 +12,7 @@ import pytest
 import flexsp
 from flexsp.lengths import LengthArray
 from flexsp.planner.bound import lower_bound_s
-from flexsp.profile import Policy, Profile
+from flexsp.profile import Policy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from planner_bench_cases import drawn_lengths, larger, published_profile, with_degrees, with_policies

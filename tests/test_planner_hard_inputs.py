@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from planner_cases import profile_of
 
 import flexsp
 from flexsp import Plan, Profile, Status
 from flexsp.profile import Policy
+from planner_cases import profile_of
 
 WITH_PLAN = ["flex", "batch-adaptive", "static"]
 

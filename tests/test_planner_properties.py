@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from planner_cases import lengths, profiles
 
 import flexsp
 from flexsp.planner.bound import lower_bound_s
 from flexsp.profile import Profile
+from planner_cases import lengths, profiles
 
 ROUNDING = 1e-9  # sums of a few dozen doubles in another order
 

@@ -72,28 +72,29 @@ def plan_milp(
     fewest = max(1, math.ceil(int(lengths.sum()) / room_tokens))
     run = _Run(lengths, profile, degrees, began + time_limit_s, bucketing, num_buckets, warm_start)
 
-    best_s, best, error = math.inf, None, 0.0
-    counts = range(fewest, min(fewest + COUNTS, len(lengths) + 1))
-    area_s = float(tables(lengths, profile, degrees).area_s.sum())
-    for number, count in enumerate(counts):
-        if count * profile.compute.fixed_s + area_s / profile.num_devices >= best_s:
-            break  # no assignment can be worth the fixed costs
-        chunks = [order[run_of] for run_of in balanced_chunks(lengths[order], count)]
-        share = 1 / (len(counts) - number)  # of the time that is left
-        micro_batches = run.micro_batches(chunks, share)
-        if micro_batches is None:
-            continue
-        total_s = sum(
-            profile.compute.fixed_s + max(profile.group_s(d, lengths[members]) for d, members in groups)
-            for groups in micro_batches
-        )
-        if total_s < best_s:
-            best_s, best, error = total_s, micro_batches, run.error(chunks)
+    counts = list(range(fewest, min(fewest + COUNTS, len(lengths) + 1)))
+    chunked = {count: [order[held] for held in balanced_chunks(lengths[order], count)] for count in counts}
+    best_s, best = math.inf, None
+    if warm_start:
+        best_s = min(run.seconds(run.begun(chunked[count])) for count in counts)
+    # A count whose fixed costs and work over devices alone take longer cannot be the best: no time for it.
+    area_s = float(tables(lengths, profile, degrees).area_s.sum()) / profile.num_devices
+    worthwhile = [count for count in counts if count * profile.compute.fixed_s + area_s <= best_s]
+    best_s, chosen = math.inf, fewest
+    for number, count in enumerate(worthwhile):
+        micro_batches = run.micro_batches(chunked[count], 1 / (len(worthwhile) - number))
+        if run.seconds(micro_batches) < best_s:
+            best_s, best, chosen = run.seconds(micro_batches), micro_batches, count
     solve_s = time.perf_counter() - began
     if best is None:
-        return _unknown(lengths, profile, solve_s, f"none of the counts {list(counts)} of micro-batches was solved")
+        return _unknown(lengths, profile, solve_s, f"none of the counts {counts} of micro-batches was solved")
     plan = assemble("milp", lengths, profile, best, solve_s)
-    said = {"token_error": error, "bucketing": bucketing, "solved": run.solved, "proven": run.proven}
+    said = {
+        "token_error": run.error(chunked[chosen]),
+        "bucketing": bucketing,
+        "solved": run.solved,
+        "proven": run.proven,
+    }
     return replace(plan, extra={"milp": said})
 
 
@@ -126,17 +127,32 @@ class _Run:
             found.append([(degree, chunk[members].tolist()) for degree, members in groups])
         return found
 
+    def begun(self, chunks: Sequence[Ints]) -> list[list[GroupChoice]] | None:
+        """The groups that the MILPs of these chunks begin with; None where one has none."""
+        found = []
+        for chunk in chunks:
+            groups = self._warm(self._represented(chunk))
+            if groups is None:
+                return None
+            found.append([(degree, chunk[members].tolist()) for degree, members in groups])
+        return found
+
+    def seconds(self, micro_batches: list[list[GroupChoice]] | None) -> float:
+        """Predicted time of these micro-batches; infinite where there are none."""
+        if micro_batches is None:
+            return math.inf
+        return sum(
+            self.profile.compute.fixed_s + max(self.profile.group_s(d, self.lengths[members]) for d, members in groups)
+            for groups in micro_batches
+        )
+
     def error(self, chunks: Sequence[Ints]) -> float:
         """Tokens that bucketing adds, relative to the tokens there are."""
-        added = sum(
-            int((buckets(self.lengths[c], self.num_buckets, self.bucketing) - self.lengths[c]).sum()) for c in chunks
-        )
+        added = sum(int((self._represented(chunk) - self.lengths[chunk]).sum()) for chunk in chunks)
         return added / int(self.lengths.sum())
 
     def _groups(self, chunk: Ints, time_limit_s: float) -> list[GroupChoice] | None:
-        represented = buckets(self.lengths[chunk], self.num_buckets, self.bucketing)
-        most = max(self.profile.capacity_tokens(d) for d in self.degrees)
-        represented = np.minimum(represented, np.maximum(self.lengths[chunk], most))  # a bucket's top must fit too
+        represented = self._represented(chunk)
         warm = self._warm(represented) if self.warm_start else None
         if warm and time_limit_s <= LEAST_S:
             return warm
@@ -149,6 +165,11 @@ class _Run:
         n, per_node = self.profile.num_devices, self.profile.devices_per_node
         placed = place([degree for degree, _ in groups], n, per_node)  # (20) counts ranks and knows no places
         return groups if placed is not None else None
+
+    def _represented(self, chunk: Ints) -> Ints:
+        """Lengths by which the chunk's sequences are represented; a bucket's top must fit a group as well."""
+        represented = buckets(self.lengths[chunk], self.num_buckets, self.bucketing)
+        return np.minimum(represented, max(self.profile.capacity_tokens(d) for d in self.degrees))
 
     def _warm(self, represented: Ints) -> list[GroupChoice] | None:
         """The groups that `flex` makes of one micro-batch, positions in the chunk; None where it finds none."""

@@ -95,6 +95,8 @@ def solve(
     solver.parameters.max_time_in_seconds = time_limit_s
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
+    solver.parameters.symmetry_level = 0  # the cuts above break the symmetry there is, and finding it takes seconds
+    solver.parameters.cp_model_probing_level = 0
     found = solver.solve(model)
     status = {
         cp_model.OPTIMAL: Status.OPTIMAL,
