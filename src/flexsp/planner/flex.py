@@ -252,7 +252,7 @@ class _Search:
                 gained_s, price = divide_anew(
                     self.t, self.space, solution, a, b, wanted, self.plain, together, self.steps
                 )
-                handled += price
+                handled += price + len(self.t.tokens) // 16  # finding the two's sequences costs as well
                 if gained_s > 0.0:
                     version[a] += 1
                     version[b] += 1

@@ -121,7 +121,7 @@ def _next_start(t: Tables, space: Space, k: int) -> int:
     return -1
 
 
-@inlined
+@kernel
 def _open(t: Tables, space: Space, k: int, used: int) -> int:
     """Opens a group of degree number k; its number, or -1 where no ranks are left for it."""
     degree = t.degrees[k]
@@ -164,7 +164,7 @@ def _set_room(space: Space, k: int, g: int, room: int) -> None:
         space.rooms[root + v] = larger
 
 
-@inlined
+@kernel
 def _full(t: Tables, space: Space, used: int, tokens: int) -> bool:
     """Whether no sequence of `tokens` or more can find a place any more."""
     if used + t.degrees[0] <= t.num_devices:
