@@ -181,7 +181,7 @@ def degrees() -> list[dict[str, Any]]:
         before: list[float] = []
         for name, profile in variants.items():
             plans = []
-            for seed in range(10):
+            for seed in range(6):
                 lengths = drawn_lengths(corpus, 512, seed, 196_608)
                 plans.append(flexsp.plan(lengths, profile))
                 assert not flexsp.violations(plans[-1], lengths, profile)

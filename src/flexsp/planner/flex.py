@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,22 +69,43 @@ def plan_flex(lengths: LengthArray, profile: Profile, time_limit_s: float | None
     began = time.perf_counter()
     if time_limit_s is not None and not time_limit_s >= 0:
         raise ValueError(f"time_limit_s={time_limit_s} must be at least 0; give seconds, or leave it out")
-    degrees = usable_degrees(profile)
-    if reason := too_long(lengths, profile, degrees, policy_names(profile)):
+    degrees, policies = usable_degrees(profile), policy_names(profile)
+    if reason := too_long(lengths, profile, degrees, policies):
         return infeasible("flex", lengths, profile, reason, time.perf_counter() - began)
-    order = sorted_order(lengths)
-    layouts = few_layouts(degrees, profile, len(lengths)) if len(lengths) <= FEW else []
-    search = _Search(
-        tables(lengths, profile, degrees, layouts), began + time_limit_s if time_limit_s is not None else None
-    )
-    solution = search.run()
-    return assemble(
-        "flex", lengths, profile, _choices(solution, search, order, policy_names(profile)), time.perf_counter() - began
-    )
+    deadline = None if time_limit_s is None else began + time_limit_s
+    best: _Search | None = None
+    for choice in _with_less_choice(profile, lengths):
+        search = _Search(_tables(lengths, choice), deadline)
+        search.run(to_the_deadline=choice is profile)
+        if best is None or search.best_s < best.best_s:
+            best = search
+    assert best is not None
+    micro_batches = _choices(best, sorted_order(lengths), policies)
+    return assemble("flex", lengths, profile, micro_batches, time.perf_counter() - began)
 
 
-def _choices(solution: Solution, search: _Search, order: Ints, policies: list[str | None]) -> list[MicroBatchChoice]:
-    """The solution in the words of `assemble`."""
+def _with_less_choice(profile: Profile, lengths: LengthArray) -> list[Profile]:
+    """The profile, after itself without policies and degrees but powers of two where that leaves less choice.
+
+    More choice can lead a search astray; so a plan is never worse for it.
+    """
+    powers = tuple(d for d in profile.sp_degrees if d & (d - 1) == 0)
+    if powers == profile.sp_degrees and not profile.memory.policies:
+        return [profile]
+    plain = replace(profile, sp_degrees=powers or profile.sp_degrees, memory=replace(profile.memory, policies={}))
+    fits = too_long(lengths, plain, usable_degrees(plain)) is None
+    return [plain, profile] if fits else [profile]
+
+
+def _tables(lengths: LengthArray, profile: Profile) -> Tables:
+    degrees = usable_degrees(profile)
+    return tables(lengths, profile, degrees, few_layouts(degrees, profile, len(lengths)) if len(lengths) <= FEW else [])
+
+
+def _choices(search: _Search, order: Ints, policies: list[str | None]) -> list[MicroBatchChoice]:
+    """The best solution in the words of `assemble`."""
+    solution = search.best
+    assert solution is not None
     degree_of = np.repeat(search.t.degrees, search.t.at_once)
     held: dict[int, dict[int, list[int]]] = {}
     for i, (m, g) in enumerate(zip(solution.batch.tolist(), solution.group.tolist(), strict=True)):
@@ -125,7 +146,7 @@ class _Search:
         self.plain = self.modes[self.modes % manners < (num_degrees if few else 1)]
         self.steps = -10 if few else STEPS
 
-    def run(self) -> Solution:
+    def run(self, to_the_deadline: bool) -> None:
         starts = sorted(self._starts(), key=lambda start: start[0])
         if not starts:
             starts = [self._greedy()]
@@ -137,11 +158,10 @@ class _Search:
         assert self.best is not None
         self._regroup(self.best)
         few = len(self.t.tokens) <= FEW
-        if few or self.deadline is not None:
+        if few or (to_the_deadline and self.deadline is not None):
             for _, solution in starts:
                 self._improve(solution, 0, math.inf)
-            self._shake(FEW_ROUNDS if few else 0)
-        return self.best
+            self._shake(FEW_ROUNDS if few else 0, to_the_deadline)
 
     def _keep(self, total_s: float, solution: Solution) -> None:
         from flexsp.planner.search import copy_of
@@ -270,13 +290,13 @@ class _Search:
             divide_anew(self.t, self.space, solution, m, m, np.ones(1), self.plain, self.modes, self.steps)
         self.best_s = float(solution.cost_s.sum())
 
-    def _shake(self, rounds: int) -> None:
-        """At least `rounds`, and then until the deadline, new starts: the best plan's targets and the order, shaken."""
+    def _shake(self, rounds: int, to_the_deadline: bool) -> None:
+        """New starts, at least `rounds`: the best plan's targets and the order of choosing, shaken."""
         from flexsp.planner.search import empty_solution, in_turn
 
         t, random = self.t, np.random.default_rng(0)  # seeded: nothing but the clock decides what is found
         done = 0
-        while done < rounds or (self.deadline is not None and not self._late()):
+        while done < rounds or (to_the_deadline and self.deadline is not None and not self._late()):
             if self._late():
                 return
             assert self.best is not None
