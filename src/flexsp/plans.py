@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import groupby
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from flexsp import jsonfields as jf
@@ -75,7 +75,7 @@ class Plan:
     """No legal plan for these lengths and this profile is predicted to take less."""
     solve_s: float | None = None
     """Seconds that planning took."""
-    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the file that this version does not know, nested as they were; kept when it is saved."""
 
     def __post_init__(self) -> None:
@@ -98,10 +98,16 @@ class Plan:
         return self.predicted_s / self.lower_bound_s - 1
 
     def __str__(self) -> str:
-        """Degrees by micro-batch, e.g. `<4> <2,1,1>`; many equal ones as `<8,4x14>`: one of 8, fourteen of 4."""
+        """Degrees by micro-batch, e.g. `<4> <2,1,1>`.
+
+        More than eight groups are counted, `<8,4x14>` being one of 8 and fourteen of 4; so are three or more alike
+        micro-batches in a row, `5 x <4>`.
+        """
         if not self.has_plan:
             return f"{self.status.value}: {self.reason}"
-        return " ".join(f"<{_degrees_text(micro_batch.sp_degrees)}>" for micro_batch in self.micro_batches)
+        texts = [f"<{_degrees_text(micro_batch.sp_degrees)}>" for micro_batch in self.micro_batches]
+        runs = [(text, len(list(alike))) for text, alike in groupby(texts)]
+        return " ".join(f"{count} x {text}" if count > 2 else " ".join([text] * count) for text, count in runs)
 
     # ---- the file
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from flexsp import jsonfields as jf
@@ -86,13 +85,13 @@ class Profile:
     compute: Compute
     all_to_all: AllToAll
     memory: Memory
-    layouts: Mapping[int, Layout] = field(default_factory=lambda: MappingProxyType({}))
+    layouts: Mapping[int, Layout] = field(default_factory=dict)
     """Degrees that are not pure Ulysses."""
     optimizer_s: float | None = None
     """Seconds of the optimizer's step; no part of a plan's predicted_s."""
-    provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where the numbers come from."""
-    extra: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the file that this version does not know, nested as they were; kept when it is saved."""
 
     def __post_init__(self) -> None:

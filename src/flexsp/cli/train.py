@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 
@@ -20,6 +21,18 @@ def run(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}: training needs torch and transformers; pip install 'flexsp[train]'") from None
+    from flexsp.parallel import PlanMismatchError, RankError
+    from flexsp.planner.service import PlannerError
+    from flexsp.train.ranks import first_to_say
     from flexsp.train.run import run_from_config
 
-    return run_from_config(arguments.config, arguments.overrides)
+    try:
+        return run_from_config(arguments.config, arguments.overrides)
+    except ValueError as error:
+        if first_to_say(str(error)):
+            raise
+        return 2
+    except (PlanMismatchError, PlannerError, RankError) as error:
+        if first_to_say(str(error)):
+            print(f"flexsp train: {error}", file=sys.stderr)
+        return 1

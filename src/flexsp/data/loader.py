@@ -1,0 +1,149 @@
+"""The planned loader: global batches in a fixed order, each with its plan, made ahead in another process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch.distributed as dist
+
+from flexsp.data.batch import IntArray, PlannedBatch
+from flexsp.data.sequences import Sequences
+from flexsp.legality import violations
+from flexsp.planner.service import PlannerError, PlanService
+from flexsp.plans import Plan
+from flexsp.profile import Profile
+
+log = logging.getLogger(__name__)
+
+
+def global_batch(num_sequences: int, batch_size: int, seed: int, step: int) -> IntArray:
+    """Ids of the sequences of a step: (batch_size,).
+
+    Every epoch is a permutation of all sequences, and batches follow one another through the epochs without a gap, so
+    that the order depends on seed and step alone.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, within = np.divmod(places, num_sequences)
+    return np.array([_permutation(num_sequences, seed, int(e))[w] for e, w in zip(epochs, within, strict=True)])
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_sequences: int, seed: int, epoch: int) -> IntArray:
+    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
+
+
+class PlannedLoader:
+    """Iterates over `PlannedBatch`; the same ones on every rank.
+
+    Rank 0 runs the planner in a process of its own, `plan_ahead` batches ahead, and broadcasts each plan; every rank
+    checks it against the rules. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        profile: Profile,
+        control: dist.ProcessGroup,
+        *,
+        batch_size: int,
+        steps: int,
+        seed: int = 0,
+        planner: str = "flex",
+        options: Mapping[str, Any] | None = None,
+        plan_ahead: int = 4,
+    ) -> None:
+        """
+        Args:
+            sequences: the corpus after the context limit.
+            profile: the cost model, of as many devices as there are ranks.
+            control: a CPU process group of all ranks (`GroupPool.control`).
+            batch_size: sequences of a global batch.
+            steps: how many batches.
+            seed: of the order.
+            planner: a name in `flexsp.planner.PLANNERS`, or `module:function`.
+            options: for the planner.
+            plan_ahead: how many batches are planned ahead, at least 1.
+
+        Raises:
+            ValueError: profile and world size disagree, or an argument is out of range.
+        """
+        world_size = dist.get_world_size()
+        if profile.num_devices != world_size:
+            raise ValueError(
+                f"profile num_devices={profile.num_devices} is not world_size={world_size}; measure a profile for this "
+                f"many ranks or use Profile.for_devices({world_size})"
+            )
+        for name, value in (("batch_size", batch_size), ("plan_ahead", plan_ahead)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1; correct it")
+        self._sequences, self._profile, self._control = sequences, profile, control
+        self._batch_size, self._steps, self._seed, self._plan_ahead = batch_size, steps, seed, plan_ahead
+        self._submitted = 0
+        self._service = PlanService(profile, planner, options or {}) if dist.get_rank() == 0 else None
+        self._submit(plan_ahead)
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        for step in range(self._steps):
+            yield self._batch(step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the planner's process."""
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+
+    def sequence_ids(self, step: int) -> IntArray:
+        """(batch_size,) ids of the sequences of a step."""
+        return global_batch(len(self._sequences.lengths), self._batch_size, self._seed, step)
+
+    def unplanned(self, step: int) -> PlannedBatch:
+        """The batch of a step, beyond those planned too, with a plan that holds nothing yet."""
+        sequence_ids = self.sequence_ids(step)
+        return PlannedBatch(
+            step=step,
+            sequence_ids=sequence_ids,
+            lengths=self._sequences.lengths[sequence_ids],
+            plan=Plan(num_devices=self._profile.num_devices, micro_batches=()),
+            source=self._sequences,
+        )
+
+    def _submit(self, until: int) -> None:
+        if self._service is None:
+            return
+        while self._submitted < min(until, self._steps):
+            self._service.submit(self._sequences.lengths[self.sequence_ids(self._submitted)])
+            self._submitted += 1
+
+    def _batch(self, step: int) -> PlannedBatch:
+        answer: list[Any] = [None]
+        if self._service is not None:
+            self._submit(step + 1 + self._plan_ahead)
+            try:
+                answer = [self._service.result()]
+            except PlannerError as error:  # sent on, so that it ends all ranks and not this one alone
+                answer = [error]
+        dist.broadcast_object_list(answer, src=0, group=self._control)
+        if isinstance(answer[0], PlannerError):
+            raise PlannerError(f"step {step}: {answer[0]}")
+        plan: Plan
+        plan, plan_wait_s = answer[0]
+        batch = self.unplanned(step)
+        if not plan.has_plan:
+            raise ValueError(f"step {step}: no plan: {plan.reason}")
+        if faults := violations(plan, batch.lengths, self._profile):
+            raise ValueError(f"step {step}: the plan is illegal in {len(faults)} ways, the first is: {faults[0]}")
+        if plan_wait_s and dist.get_rank() == 0:
+            log.info("step %d waited %.3f s for its plan", step, plan_wait_s)
+        return replace(batch, plan=plan, plan_s=plan.solve_s or 0.0, plan_wait_s=plan_wait_s)

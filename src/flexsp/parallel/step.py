@@ -1,0 +1,108 @@
+"""The step: forward and backward of one global batch as its plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flexsp.data.batch import PlannedBatch, RankMicroBatch
+from flexsp.data.packing import IGNORE_INDEX
+from flexsp.parallel.agreement import agree
+from flexsp.parallel.attention import SPContext
+from flexsp.parallel.groups import GroupPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step computed; the same on all ranks."""
+
+    loss: float
+    """Mean over the labels of the global batch that count."""
+    num_labels: int
+    """How many they are."""
+
+
+def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> StepResult:
+    """Runs one global batch; gradients are left in the model, equal to one device's on the same batch.
+
+    1. Read this rank's tokens of every micro-batch.
+    2. Agree with all ranks on the plan and count the labels of the global batch.
+    3. Make the process groups that the plan needs and the pool lacks.
+    4. Forward and backward of every micro-batch; ranks without a token run a filler, so that all stay in step.
+
+    Args:
+        model: from `prepare_model`.
+        batch: the same on every rank.
+        groups: the pool, the same on every rank.
+
+    Returns:
+        The loss; gradients are summed into `.grad`.
+
+    Raises:
+        PlanMismatchError: ranks hold different plans.
+        RankError: a rank could not read its tokens, or the plan is for another world size.
+        ValueError: no label counts.
+    """
+    error: Exception | None = None
+    own: list[RankMicroBatch] = []
+    try:
+        own = _read(batch)
+    except Exception as caught:  # any fault of one rank must end all of them, see agree
+        error = caught
+    num_labels = agree(batch, sum(micro_batch.num_labels for micro_batch in own), error, groups.control)
+    groups.prepare([batch.plan])
+    total = torch.zeros((), dtype=torch.float64, device=_device(model))
+    for micro_batch in own:
+        loss_sum = _loss_sum(model, micro_batch, groups)
+        # FSDP2 averages gradients over the ranks; we want their sum over the labels of the global batch
+        (loss_sum * (dist.get_world_size() / num_labels)).backward()
+        total += loss_sum.detach()
+    dist.all_reduce(total)
+    return StepResult(loss=total.item() / num_labels, num_labels=num_labels)
+
+
+def _read(batch: PlannedBatch) -> list[RankMicroBatch]:
+    world_size = dist.get_world_size()
+    if batch.plan.num_devices != world_size:
+        raise ValueError(
+            f"plan num_devices={batch.plan.num_devices} is not world_size={world_size}; plan for {world_size} ranks"
+        )
+    return batch.for_rank(dist.get_rank())
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _loss_sum(model: PreTrainedModel, micro_batch: RankMicroBatch, groups: GroupPool) -> Tensor:
+    """Summed loss of this rank's labels in one micro-batch; 0, but with a gradient, for a filler token."""
+    device = _device(model)
+    cu_seqlens = micro_batch.cu_seqlens.to(device, non_blocking=True)
+    context = SPContext(
+        group=groups.get(micro_batch.ranks),
+        group_rank=micro_batch.ranks.index(dist.get_rank()),
+        shares=micro_batch.shares,
+    )
+    row: dict[str, Any] = {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": micro_batch.max_seqlen,
+        "max_length_k": micro_batch.max_seqlen,
+    }
+    logits: Tensor = model(
+        input_ids=micro_batch.input_ids.to(device, non_blocking=True),
+        position_ids=micro_batch.position_ids.to(device, non_blocking=True),
+        use_cache=False,
+        sp_context=context,
+        **row,
+    ).logits[0]
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    labels = micro_batch.shift_labels[0].to(device, non_blocking=True)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -1,0 +1,230 @@
+"""The configuration of a run: a TOML file of sections, any key overridden by a dotted flag."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NewType, get_type_hints
+
+from flexsp.lengths import parse_tokens
+
+Tokens = NewType("Tokens", int)
+"""A number of tokens; written as an integer or as `16K` (1024 each)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    path: str = ""
+    """A Hugging Face directory to start from; empty: build a new model from `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """`model_type` and fields of a Hugging Face config; vocab_size must hold the corpus's tokens."""
+    dtype: str = "float32"
+    """What is computed in: float32 or bfloat16. Weights and optimizer stay in float32."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward instead of holding its activations."""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered parameters after its forward and gather them again in the backward (ZeRO-3); false keeps
+    them in between, which costs memory and saves a gather."""
+    exact: bool = True
+    """Refuse dropout, which would make loss and gradients depend on the plan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    source: str = "python-stdlib"
+    """`python-stdlib`, or a .jsonl or .parquet file of rows with input_ids and, optionally, labels."""
+    max_length: Tokens = Tokens(16384)
+    """The context limit, in tokens."""
+    overlong: str = "error"
+    """What to do with documents above the limit: drop, split or error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerConfig:
+    name: str = "flex"
+    """flex, batch-adaptive, static, or module:function."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """For the planner."""
+    profile: str = ""
+    """A profile file; empty: measure one at the first run and reuse it."""
+    profile_dir: str = "~/.cache/flexsp/profiles"
+    """Where measured profiles are kept."""
+    max_tokens_per_rank: Tokens = Tokens(0)
+    """An artificial memory limit of a rank; 0: the device's own memory (a CPU has none)."""
+    memory_fraction: float = 0.9
+    """Of a GPU's memory that a plan may fill, where there is no artificial limit."""
+    sp_degrees: list[int] = field(default_factory=list)
+    """Degrees that a plan may use; empty: powers of two that divide the model's heads."""
+    plan_ahead: int = 4
+    """Batches planned ahead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    steps: int = 30
+    batch_size: int = 32
+    """Sequences of a global batch."""
+    seed: int = 0
+    """Of initial weights and data order."""
+    optimizer: str = "adamw"
+    """adamw, adam or sgd."""
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the torch optimizer, e.g. betas."""
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    lr_schedule: str = "cosine"
+    """A schedule of transformers: constant_with_warmup, linear, cosine, ..."""
+    warmup_steps: int = 0
+    grad_clip: float = 1.0
+    """Global gradient norm to clip to; 0: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    dir: str = "runs/run"
+    """Where metrics.jsonl, comparison.json and the model go."""
+    compare_batches: int = 0
+    """Batches on which the planners are compared at the end; 0: no comparison."""
+    save_model: bool = True
+    """Save a Hugging Face directory at the end."""
+    timeout_s: float = 600.0
+    """After which a collective that does not come about is an error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "planner": PlannerConfig,
+    "train": TrainConfig,
+    "run": RunConfig,
+}
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "data.overlong": ("drop", "split", "error"),
+    "train.optimizer": ("adamw", "adam", "sgd"),
+}
+LEAST = {
+    "data.max_length": 2,
+    "planner.max_tokens_per_rank": 0,
+    "planner.plan_ahead": 1,
+    "train.steps": 0,
+    "train.batch_size": 1,
+    "train.seed": 0,
+    "train.lr": 0,
+    "train.warmup_steps": 0,
+    "train.grad_clip": 0,
+    "train.weight_decay": 0,
+    "run.compare_batches": 0,
+    "run.timeout_s": 1,
+    "planner.memory_fraction": 0,
+}
+MOST = {"planner.memory_fraction": 1}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies flags like `--train.steps 20` or `--run.dir=DIR`.
+
+    Raises:
+        ValueError: the file cannot be read, a section or key is unknown, or a value is of the wrong type or range.
+    """
+    try:
+        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not TOML ({error}); correct the line") from None
+    for keys, value in _flags(overrides):
+        _set(document, keys, value)
+    return parse_config(document, str(path))
+
+
+def parse_config(document: Mapping[str, Any], where: str = "config") -> Config:
+    """The Config of a document of sections."""
+    unknown = sorted(set(document) - set(SECTIONS))
+    if unknown:
+        raise ValueError(f"{where}: section [{unknown[0]}] is unknown; the sections are {', '.join(SECTIONS)}")
+    config = Config(**{name: _section(name, document.get(name, {}), where) for name in SECTIONS})
+    if bool(config.model.path) == bool(config.model.config):
+        raise ValueError(
+            f"{where}: model.path={config.model.path!r} and model.config={config.model.config!r}: give exactly one of "
+            f"the two, a directory to start from or a config to build"
+        )
+    return config
+
+
+def _section(name: str, values: Any, where: str) -> Any:
+    kind = SECTIONS[name]
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: {name}={values!r} must be a section; write [{name}]")
+    known = [entry.name for entry in fields(kind)]
+    hints = get_type_hints(kind)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: {name}.{key} is unknown; the keys of [{name}] are {', '.join(known)}")
+    return kind(**{key: _value(value, hints[key], f"{name}.{key}", where) for key, value in values.items()})
+
+
+def _value(value: Any, hint: Any, key: str, where: str) -> Any:
+    if hint is Tokens and not value == 0:
+        value = Tokens(parse_tokens(value, f"{where}: {key}"))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    expected = int if hint is Tokens else getattr(hint, "__origin__", hint)
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{where}: {key}={value!r} must be of type {expected.__name__}; correct it")
+    if isinstance(value, list) and not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        raise ValueError(f"{where}: {key}={value!r} must be a list of integers; correct it")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise ValueError(f"{where}: {key}={value!r} must be one of {', '.join(CHOICES[key])}; correct it")
+    if key in LEAST and value < LEAST[key]:
+        raise ValueError(f"{where}: {key}={value} must be at least {LEAST[key]}; correct it")
+    if key in MOST and value > MOST[key]:
+        raise ValueError(f"{where}: {key}={value} must be at most {MOST[key]}; correct it")
+    return value
+
+
+def _flags(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Flags as key paths and values; a value is read as TOML, or else as a string."""
+    parsed, rest = [], list(overrides)
+    while rest:
+        flag = rest.pop(0)
+        name, equals, text = flag.partition("=")
+        if not name.startswith("--") or "." not in name:
+            raise ValueError(f"flag {flag!r} is unknown; override a key of the config by --section.key value")
+        if not equals:
+            if not rest:
+                raise ValueError(f"flag {flag!r} has no value; write {flag} VALUE")
+            text = rest.pop(0)
+        keys = name[2:].split(".")
+        parsed.append((keys, _flag_value(keys, text)))
+    return parsed
+
+
+def _flag_value(keys: Sequence[str], text: str) -> Any:
+    """What a flag's text says: TOML (`20`, `true`, `[1, 2]`), or the text itself for strings, quotes not needed."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    kind = SECTIONS.get(keys[0])
+    wants_text = kind is not None and get_type_hints(kind).get(keys[1]) is str
+    return text if wants_text and not isinstance(value, str) else value
+
+
+def _set(document: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        document = document.setdefault(key, {})
+        if not isinstance(document, dict):
+            raise ValueError(f"flag --{'.'.join(keys)}: {key} is no section; override a key of the config")
+    document[keys[-1]] = value

@@ -1,0 +1,165 @@
+"""A training run, from a configuration file to a saved model."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from flexsp import jsonfields
+from flexsp.data import PlannedBatch, PlannedLoader, Sequences
+from flexsp.parallel import GroupPool, forward_backward
+from flexsp.planner import find_planner
+from flexsp.profile import Profile
+from flexsp.train import build
+from flexsp.train.compare import compare_planners, summary_line
+from flexsp.train.config import Config, load_config
+from flexsp.train.display import Display, step_text
+from flexsp.train.export import save_pretrained
+from flexsp.train.ranks import joined_ranks
+
+log = logging.getLogger(__name__)
+
+
+def run_from_config(path: str, overrides: Sequence[str]) -> int:
+    """What `flexsp train` does; returns the exit status.
+
+    Raises:
+        ValueError: bad configuration, data, model or profile; the message is one line.
+    """
+    config = load_config(path, overrides)
+    with joined_ranks(config.run.timeout_s), Display() as display:
+        train(config, display)
+    return 0
+
+
+def train(config: Config, display: Display) -> None:
+    """One run.
+
+    1. Open the corpus, build the model, join it to the ranks.
+    2. Load or measure the profile.
+    3. Train on planned batches; one line of metrics a step.
+    4. Compare the planners on further batches, weights untouched.
+    5. Save the model.
+    """
+    transformers_logging.disable_progress_bar()
+    find_planner(config.planner.name)  # a wrong name is an error before anything slow
+    sequences = build.build_sequences(config)
+    model = build.build_model(config.model, config.train.seed)
+    build.check_fit(model, sequences, config.data.max_length)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    log.info(
+        "model: %s, %s parameters, on %d ranks (%s)",
+        type(model).__name__, f"{num_parameters:,}", dist.get_world_size(), dist.get_backend(),
+    )  # fmt: skip
+    model = build.prepare(model, config.model)
+    groups = GroupPool(timeout=datetime.timedelta(seconds=config.run.timeout_s))
+    profile = build.build_profile(config, model, groups)
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    with _loader(config, sequences, profile, groups, config.planner.name) as loader:
+        _train_steps(config, model, loader, groups, display)
+        compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
+    if compared:
+        report = compare_planners(model, compared, profile, groups, config.data.max_length, display)
+        if dist.get_rank() == 0:
+            jsonfields.write_object(folder / "comparison.json", report)
+        log.info("%s", summary_line(report))
+    if config.run.save_model:
+        save_pretrained(model, folder / "model")
+
+
+def _loader(config: Config, sequences: Sequences, profile: Profile, groups: GroupPool, planner: str) -> PlannedLoader:
+    options: dict[str, Any] = dict(config.planner.options)
+    if planner == "static":
+        options.setdefault("max_length", int(config.data.max_length))
+    return PlannedLoader(
+        sequences,
+        profile,
+        groups.control,
+        batch_size=config.train.batch_size,
+        steps=config.train.steps,
+        seed=config.train.seed,
+        planner=planner,
+        options=options,
+        plan_ahead=config.planner.plan_ahead,
+    )
+
+
+def _train_steps(
+    config: Config, model: PreTrainedModel, loader: PlannedLoader, groups: GroupPool, display: Display
+) -> None:
+    optimizer, schedule = build.build_optimizer(model, config.train)
+    mixed = 0
+    with _metrics_file(Path(config.run.dir)) as file:
+        for batch, line in display.track(loader, config.train.steps, "training"):
+            metrics = _train_step(config, model, batch, groups, optimizer)
+            schedule.step()
+            mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
+            line.say(step_text(metrics, str(batch.plan)))
+            if file is not None:
+                file.write(json.dumps(metrics) + "\n")
+                file.flush()
+    log.info(
+        "training: %d of %d steps mixed degrees in a micro-batch; %d process groups were made",
+        mixed, config.train.steps, groups.num_groups,
+    )  # fmt: skip
+    if torch.cuda.is_available():
+        log.info("training: peak memory %.2f GiB on rank 0", torch.cuda.max_memory_allocated() / 2**30)
+
+
+def _train_step(
+    config: Config, model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """One optimizer step; returns its line of metrics.jsonl."""
+    began = time.perf_counter()
+    result = forward_backward(model, batch, groups)
+    max_norm = config.train.grad_clip or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    step_s = time.perf_counter() - began
+    tokens = int(batch.lengths.sum())
+    return {
+        "step": batch.step,
+        "loss": result.loss,
+        "grad_norm": grad_norm,
+        "num_sequences": len(batch.lengths),
+        "tokens": tokens,
+        "micro_batches": [micro_batch.sp_degrees for micro_batch in batch.plan.micro_batches],
+        "predicted_s": batch.plan.predicted_s,
+        "step_s": step_s,
+        "plan_s": batch.plan_s,
+        "plan_wait_s": batch.plan_wait_s,
+        "tokens_per_s": tokens / step_s,
+    }
+
+
+class _metrics_file:
+    """metrics.jsonl of the run folder on rank 0; None on the others."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file: TextIO | None = None
+        if dist.get_rank() == 0:
+            self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+
+    def __enter__(self) -> TextIO | None:
+        return self._file
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()

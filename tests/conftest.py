@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
+    """`ranks(4)` is a pool of four gloo ranks, kept for the whole session."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size, tmp_path_factory.mktemp("ranks"))
+        return pools[world_size]
+
+    yield pool
+    for each in pools.values():
+        each.close()
+
+
+@pytest.fixture
+def broken_ranks(ranks: Callable[[int], RankPool]) -> Iterator[Callable[[int], RankPool]]:
+    """Ranks that a test breaks: the next test gets new ones."""
+    used: list[RankPool] = []
+
+    def pool(world_size: int) -> RankPool:
+        used.append(ranks(world_size))
+        return used[-1]
+
+    yield pool
+    for each in used:
+        each.close()

@@ -1,0 +1,35 @@
+"""Planners that misbehave, for the loader's tests; each is named by `slow_planners:function`."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import flexsp
+
+
+def slow(lengths, profile):
+    """Takes 0.3 s."""
+    time.sleep(0.3)
+    return flexsp.plan(lengths, profile)
+
+
+def noisy(lengths, profile):
+    """Prints, which must not disturb."""
+    print("planning")
+    return flexsp.plan(lengths, profile)
+
+
+def raises(lengths, profile):
+    raise ArithmeticError("no plan today")
+
+
+def dies(lengths, profile):
+    os._exit(3)
+
+
+def illegal(lengths, profile):
+    """Forgets the last sequence."""
+    made = flexsp.plan(lengths[:-1], profile)
+    return replace(made, lengths_sha256=None, predicted_s=None)

@@ -1,0 +1,90 @@
+"""The commands as a user runs them, where torch is not installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from profiles import profile_json
+
+NO_TORCH = (
+    "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+    "from flexsp.cli.main import main; sys.exit(main())"
+)
+
+
+def flexsp(*arguments, stdin=""):
+    return subprocess.run(
+        [sys.executable, "-c", NO_TORCH, *map(str, arguments)],
+        input=stdin, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "lengths.txt").write_text("\n".join(map(str, [390, 90, 60, 30, 30, 20, 10, 5])))
+    (tmp_path / "profile.json").write_text(json.dumps(profile_json()))
+    return tmp_path / "lengths.txt", tmp_path / "profile.json", tmp_path / "plan.json"
+
+
+def one_line_error(result):
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize("planner", ["flex", "static", "batch-adaptive"])
+def test_plan_prints_a_table_and_saves_what_check_accepts(files, planner):
+    lengths, profile, plan = files
+    made = flexsp("plan", lengths, "--profile", profile, "--planner", planner, "--output", plan)
+    assert made.returncode == 0, made.stderr
+    assert "8 sequences, 635 tokens on 4 devices" in made.stdout
+    assert f"{planner}: predicted" in made.stdout
+    assert "…" not in made.stdout  # nothing is cut off in the width of a pipe
+    checked = flexsp("check", lengths, profile, plan)
+    assert (checked.returncode, checked.stdout[:6]) == (0, "legal:")
+
+
+def test_plan_reads_standard_input(files):
+    assert flexsp("plan", "-", "--profile", files[1], stdin="5\n7\n").returncode == 0
+    assert "standard input:2" in one_line_error(flexsp("plan", "-", "--profile", files[1], stdin="5\nx\n"))
+
+
+def test_check_says_every_fault_and_exits_with_1(files):
+    lengths, profile, plan = files
+    flexsp("plan", lengths, "--profile", profile, "--output", plan)
+    document = json.loads(plan.read_text())
+    lost = document["micro_batches"][0]["groups"][0]["sequences"].pop()
+    document["micro_batches"][-1]["groups"][0]["ranks"] = [1, 0]
+    plan.write_text(json.dumps(document))
+    checked = flexsp("check", lengths, profile, plan)
+    assert checked.returncode == 1
+    assert f"the first is {lost}" in checked.stdout
+    assert "ranks [1, 0]" in checked.stdout
+
+
+def test_files_that_cannot_be_read_exit_with_2(files, tmp_path):
+    lengths, profile, plan = files
+    assert "plan.json: cannot be read" in one_line_error(flexsp("check", lengths, profile, plan))
+    assert "nope.txt: cannot be read" in one_line_error(flexsp("plan", tmp_path / "nope.txt", "--profile", profile))
+    other = tmp_path / "other.json"
+    other.write_text('{"format": "y"}')
+    assert "must be 'flexsp-profile/1'" in one_line_error(flexsp("check", lengths, other, plan))
+    unknown = flexsp("plan", lengths, "--profile", profile, "--planner", "best")
+    assert "planner='best' is unknown" in one_line_error(unknown)
+    unwritable = flexsp("plan", lengths, "--profile", profile, "--output", lengths / "plan.json")
+    assert "cannot be written" in one_line_error(unwritable)
+
+
+def test_what_is_infeasible_is_said_on_one_line(files):
+    error = one_line_error(flexsp("plan", "-", "--profile", files[1], stdin="5\n500\n"))
+    assert "infeasible: lengths[1]=500 tokens fit into no group" in error
+
+
+def test_training_without_torch_says_what_to_install(tmp_path):
+    error = one_line_error(flexsp("train", tmp_path / "c.toml"))
+    assert "pip install 'flexsp[train]'" in error

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+
+from flexsp.train.config import load_config
+
+BASE = '[model]\nconfig = { model_type = "llama" }\n'
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "c.toml").write_text(BASE + '[data]\nmax_length = "16K"\n[train]\nsteps = 5\n')
+    return tmp_path / "c.toml"
+
+
+def test_flags_override_keys(path):
+    flags = ["--train.steps", "20", "--train.lr=1e-4", "--run.dir", "007", "--model.config.hidden_size", "64"]
+    config = load_config(path, [*flags, "--model.exact", "false", "--planner.sp_degrees", "[1, 2]"])
+    assert (config.train.steps, config.train.lr, config.run.dir) == (20, 1e-4, "007")
+    assert config.model.config == {"model_type": "llama", "hidden_size": 64}
+    assert (config.data.max_length, config.model.exact, config.planner.sp_degrees) == (16384, False, [1, 2])
+    assert load_config(path).train.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.step", "3"], r"train.step is unknown; the keys of \[train\] are steps, batch_size"),
+        (["--trian.steps", "3"], r"section \[trian\] is unknown; the sections are model, data"),
+        (["--train.steps", "many"], r"train.steps='many' must be of type int"),
+        (["--train.steps", "true"], r"train.steps=True must be of type int"),
+        (["--train.steps", "-1"], r"train.steps=-1 must be at least 0"),
+        (["--train.steps"], r"flag '--train.steps' has no value"),
+        (["steps", "3"], r"flag 'steps' is unknown"),
+        (["--data.max_length", "4M"], r"data.max_length='4M' must be a positive number of tokens"),
+        (["--data.overlong", "cut"], r"data.overlong='cut' must be one of drop, split, error"),
+        (["--planner.sp_degrees", "[1.5]"], r"planner.sp_degrees=\[1.5\] must be a list of integers"),
+        (["--planner.memory_fraction", "2"], r"planner.memory_fraction=2.0 must be at most 1"),
+        (["--model.path", "x"], r"give exactly one of the two"),
+        (["--train.steps.x", "1"], r"steps is no section"),
+    ],
+)
+def test_wrong_flags_are_named(path, flags, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        load_config(path, flags)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match=r"none.toml: cannot be read"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[model")
+    with pytest.raises(ValueError, match=r"bad.toml: is not TOML"):
+        load_config(tmp_path / "bad.toml")

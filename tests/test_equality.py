@@ -1,0 +1,99 @@
+"""Loss and gradients equal one device's on the same global batch, on any legal plan."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from equality_ranks import check_equal, random_plan
+from flexsp.plans import Group, MicroBatch, Plan
+from reference import small_config
+
+WORLDS = [2, 4]
+HEADS = {
+    "MHA": (4, 4),
+    "GQA": (4, 2),  # at sp_degree 4 the KV heads are repeated
+    "GQA, degree does not divide KV heads": (12, 3),
+    "MQA": (4, 1),
+}
+
+
+def plan(world_size: int, *micro_batches: list[tuple[list[int], list[int]]]) -> Plan:
+    """Micro-batches of (ranks, sequences)."""
+    return Plan(
+        num_devices=world_size,
+        micro_batches=tuple(
+            MicroBatch(groups=tuple(Group(ranks=tuple(r), sequences=tuple(s)) for r, s in groups))
+            for groups in micro_batches
+        ),
+    )
+
+
+def generated_cases(world_size: int, count: int, seed: int) -> list[tuple[list[int], Plan, float]]:
+    """Lengths, a legal plan for them, and the share of labels that is masked."""
+    draw = random.Random(seed)
+    degrees = [d for d in (1, 2, 4) if d <= world_size]
+    cases = []
+    for i in range(count):
+        lengths = [draw.choice([1, 2, 3, 5, 7, 17, 40, 111]) for _ in range(draw.randint(12, 16))]
+        cases.append((lengths, random_plan(len(lengths), world_size, draw, degrees), 0.3 * (i % 2)))
+    return cases
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+def test_generated_plans_equal_one_device_in_fp64(ranks, world_size, heads):
+    cases = generated_cases(world_size, 8, seed=world_size)
+    ranks(world_size).run(check_equal, small_config(*heads), torch.float64, cases)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_generated_plans_equal_one_device_in_fp32(ranks, world_size):
+    cases = generated_cases(world_size, 8, seed=10 + world_size)
+    ranks(world_size).run(check_equal, small_config(), torch.float32, cases)
+
+
+ALL = [0, 1, 2, 3]
+SPECIAL = {
+    "a row shorter than its group": ([2, 30], plan(4, [(ALL, [0])], [(ALL, [1])])),
+    "one token in a group of four": ([1, 9], plan(4, [(ALL, [0])], [([0, 1], [1])])),
+    "single-token sequences among others": ([1, 1, 6, 1], plan(4, [([0, 1], [0, 2, 1]), ([2], [3])])),
+    "idle ranks": ([5, 8], plan(4, [([2], [0])], [([0, 1], [1])])),
+    "one longer than all others together": (
+        [203, 9, 4, 11],
+        plan(4, [(ALL, [0])], [([0, 1], [1]), ([2], [2]), ([3], [3])]),
+    ),
+    "lengths that no degree divides": ([7, 13, 5], plan(4, [(ALL, [0, 1])], [([2, 3], [2])])),
+    "degrees of 2 and 1 beside each other": ([21, 8, 3], plan(4, [([0, 1], [0]), ([2], [1]), ([3], [2])])),
+}
+
+
+@pytest.mark.parametrize("case", SPECIAL.values(), ids=SPECIAL.keys())
+def test_special_shapes_equal_one_device(ranks, case):
+    lengths, special = case
+    ranks(4).run(check_equal, small_config(), torch.float64, [(lengths, special, 0.0)])
+
+
+MIXED = (
+    [40, 3, 17, 9, 60, 1],
+    plan(4, [(ALL, [4])], [([0, 1], [0, 5]), ([2], [1]), ([3], [2, 3])]),
+)
+
+
+def test_activation_checkpointing_equals_one_device(ranks):
+    ranks(4).run(check_equal, small_config(), torch.float64, [(*MIXED, 0.2)], {"activation_checkpointing": True})
+
+
+def test_parameters_kept_gathered_equal_one_device(ranks):
+    ranks(4).run(check_equal, small_config(), torch.float64, [(*MIXED, 0.2)], {"reshard_after_forward": False})
+
+
+def test_tied_embeddings_equal_one_device(ranks):
+    ranks(4).run(check_equal, small_config(tie_word_embeddings=True), torch.float64, [(*MIXED, 0.0)])
+
+
+def test_rope_that_reads_no_local_position_equals_one_device(ranks):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ranks(4).run(check_equal, small_config(rope_parameters=rope), torch.float64, [(*MIXED, 0.0)])

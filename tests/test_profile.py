@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flexsp import Profile
+from profiles import profile, profile_json
+
+
+def test_costs_are_those_of_the_formulas_by_hand():
+    p = profile()
+    # degree 2, lengths 30 and 10: (1e-5 * (900 + 100) + 1e-3 * 40) / 2 + 1000 * 40 / (2 * 2e6) + 0.004
+    assert p.group_s(2, [30, 10]) == pytest.approx(0.025 + 0.01 + 0.004)
+    # degree 1 exchanges nothing
+    assert p.group_s(1, [30, 10]) == pytest.approx(0.05)
+    assert p.group_bytes(2, 40) == 1000 + 10 * 40 / 2
+    assert [p.capacity_tokens(d) for d in p.sp_degrees] == [100, 200, 400]
+    assert p.fits(2, 200)
+    assert not p.fits(2, 201)
+
+
+def test_a_policy_changes_bytes_and_compute():
+    document = profile_json()
+    document["memory"]["policies"] = {"recompute": {"activation_bytes_per_token": 2, "compute_factor": 1.5}}
+    p = Profile.from_json(document)
+    assert p.capacity_tokens(1, "recompute") == 500
+    assert p.group_s(1, [30, 10], "recompute") == pytest.approx(1.5 * 0.05)
+
+
+def test_a_file_is_kept_as_it_was_with_fields_of_later_versions(tmp_path):
+    document = profile_json(layouts={"4": {"ulysses": 2, "ring": 2}}, optimizer_s=0.05, tables={"x": [1]})
+    document["memory"]["policies"] = {"r": {"activation_bytes_per_token": 2, "compute_factor": 1.5}}
+    document["compute"]["later_s"] = 3
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    loaded = Profile.load(tmp_path / "p.json")
+    loaded.save(tmp_path / "q.json")
+    assert json.loads((tmp_path / "q.json").read_text()) == document
+    assert Profile.load(tmp_path / "q.json") == loaded
+
+
+def without(document, *path):
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    return document
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({**profile_json(), "format": "x"}, r"p.json: format='x' must be 'flexsp-profile/1'"),
+        (without(profile_json(), "num_devices"), r"p.json: the field 'num_devices' is missing"),
+        (without(profile_json(), "compute", "linear_s"), r"p.json: compute: the field 'linear_s' is missing"),
+        (profile_json(num_devices=4, compute=[]), r"compute=\[\] must be a JSON object"),
+        ({**profile_json(), "num_devices": "4"}, r"num_devices='4' must be an integer"),
+        ({**profile_json(), "num_devices": 0}, r"num_devices=0 must be at least 1"),
+        ({**profile_json(), "sp_degrees": [2, 1]}, r"sp_degrees=\[2, 1\] must be ascending"),
+        ({**profile_json(), "sp_degrees": []}, r"sp_degrees=\[\] must be ascending"),
+        ({**profile_json(), "sp_degrees": [1, 8]}, r"degree above num_devices=4; remove 8"),
+        ({**profile_json(), "sp_degrees": [1, 3]}, r"degree 3 has no entry in all_to_all.bandwidth_bytes_per_s"),
+        (profile_json(capacity=0), r"memory_bytes=1000 must be above model_state_bytes=1000"),
+        ({**profile_json(), "layouts": {"4": {"ulysses": 3, "ring": 2}}}, r"ulysses=3 x ring=2 must be 4"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_field(tmp_path, document, message):
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=message) as raised:
+        Profile.load(tmp_path / "p.json")
+    assert "p.json" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_json_is_named(tmp_path):
+    (tmp_path / "p.json").write_text("{")
+    with pytest.raises(ValueError, match=r"p.json: is not JSON"):
+        Profile.load(tmp_path / "p.json")
+
+
+def test_other_numbers_of_devices_share_the_model_states_and_say_so():
+    p = profile(8, capacity=500)
+    half = p.for_devices(4)
+    assert (half.num_devices, half.devices_per_node, half.sp_degrees) == (4, 4, (1, 2, 4))
+    assert half.memory.model_state_bytes == 2 * p.memory.model_state_bytes
+    assert "model_state_bytes sharded evenly" in half.provenance["assumptions"][0]
+    assert p.for_devices(8) is p
+    with pytest.raises(ValueError, match="nothing is left for activations"):
+        profile(8, capacity=10).for_devices(1)

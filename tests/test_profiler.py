@@ -1,0 +1,83 @@
+"""The fit, and a profile measured through the real executor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from equality_ranks import pool
+from flexsp.parallel import prepare_model
+from flexsp.profiler import load_or_measure, measure_profile, profile_path
+from flexsp.profiler.fit import fit_nonnegative
+from flexsp.profiler.measure import exchange_bytes_per_token
+from reference import build, small_config
+
+
+def test_fit_recovers_coefficients_and_keeps_them_from_going_below_zero():
+    features = np.array([[1, 100, 10], [1, 900, 30], [1, 50, 50], [4, 0, 1]], dtype=float)
+    truth = np.array([0.2, 3e-3, 1e-2])
+    np.testing.assert_allclose(fit_nonnegative(features, features @ truth), truth, rtol=1e-9)
+    found = fit_nonnegative(features, features @ np.array([0.2, -1e-4, 1e-2]))
+    assert (found >= 0).all()
+    assert found[1] == 0
+
+
+def test_exchanged_bytes_are_those_of_the_published_7b_profile():
+    """2 MiB a token: 32 layers of 4 x 4096 half-precision numbers, forward and backward."""
+    from transformers import LlamaConfig
+
+    class Model:
+        config = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+
+    assert exchange_bytes_per_token(Model(), torch.bfloat16) == 2097152
+
+
+def measured(folder: str) -> tuple[dict, dict]:
+    model = prepare_model(build(small_config(), torch.float32))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    world_size = dist.get_world_size()
+    degrees = [d for d in (1, 2, 4) if d <= world_size]
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return measure_profile(model, pool(), sp_degrees=degrees, max_tokens_per_rank=64)
+
+    path = profile_path(folder, model, {"sp_degrees": degrees})
+    first, second = (load_or_measure(path, measure, pool().control) for _ in range(2))
+    assert len(calls) == 1  # the second time it is read
+    assert first == second
+    for name, p in model.named_parameters():
+        assert p.grad is None
+        assert torch.equal(p, before[name])
+    with pytest.raises(ValueError, match="max_tokens_per_rank is not set: a CPU has no memory limit"):
+        measure_profile(model, pool(), sp_degrees=degrees)
+    with pytest.raises(ValueError, match="sp_degree=3 cannot be served"):
+        measure_profile(model, pool(), sp_degrees=[1, 3], max_tokens_per_rank=64)
+    return first.to_json(), {"path": str(path)}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_measured_profile_is_complete_saved_and_reused(ranks, world_size, tmp_path):
+    results = ranks(world_size).run(measured, str(tmp_path))
+    document = results[0][0]
+    assert all(result[0] == document for result in results)
+    assert document["num_devices"] == world_size
+    assert document["sp_degrees"] == [d for d in (1, 2, 4) if d <= world_size]
+    assert document["compute"]["fixed_s"] > 0
+    memory = document["memory"]
+    assert (memory["memory_bytes"] - memory["model_state_bytes"]) / memory["activation_bytes_per_token"] == 64
+    assert document["provenance"]["source"] == "measured"
+    assert "max_tokens_per_rank=64" in document["provenance"]["memory_limit"]
+
+
+def test_another_model_or_setting_has_another_file(ranks, tmp_path):
+    ranks(2).run(keys_differ, str(tmp_path))
+
+
+def keys_differ(folder: str) -> None:
+    one, other = (prepare_model(build(small_config(heads), torch.float32)) for heads in (2, 4))
+    paths = {profile_path(folder, one, {}), profile_path(folder, other, {}), profile_path(folder, one, {"x": 1})}
+    assert len(paths) == 3

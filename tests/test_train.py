@@ -1,0 +1,148 @@
+"""A run from the command line, on real text, as `torchrun` starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CONFIG = """
+[model]
+config = { model_type = "llama", vocab_size = 256, hidden_size = 32, intermediate_size = 64, num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, max_position_embeddings = 4096 }
+[data]
+max_length = "2K"
+overlong = "drop"
+[planner]
+profile_dir = "profiles"
+max_tokens_per_rank = 800
+[train]
+steps = 8
+batch_size = 16
+lr = 1e-2
+[run]
+dir = "out"
+compare_batches = 2
+"""  # noqa: E501
+
+
+def train(folder: Path, *flags: str, world_size: int = 4, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(world_size)]
+    return subprocess.run(
+        [sys.executable, *command, "-m", "flexsp", "train", "config.toml", *flags],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout_s,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One run on four ranks, looked at by several tests."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.toml").write_text(CONFIG)
+    done = train(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (saved,) = (folder / "profiles").iterdir()
+    (folder / "four.json").write_text(saved.read_text())
+    return folder, done.stdout
+
+
+def test_metrics_have_a_line_a_step_and_the_loss_falls(run):
+    rows = [json.loads(line) for line in (run[0] / "out/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(8))
+    assert set(rows[0]) == {
+        "step", "loss", "grad_norm", "num_sequences", "tokens", "micro_batches", "predicted_s", "step_s", "plan_s",
+        "plan_wait_s", "tokens_per_s",
+    }  # fmt: skip
+    assert all(row["num_sequences"] == 16 for row in rows)
+    assert all(sum(degrees) <= 4 for row in rows for degrees in row["micro_batches"])
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert max(row["plan_wait_s"] for row in rows[1:]) == 0.0
+
+
+def test_what_happened_to_the_data_and_to_memory_is_said(run):
+    said = run[1]
+    assert "exceed max_length=2048: dropped" in said
+    assert "artificial: planner.max_tokens_per_rank" in said
+    assert "forces sp_degree 4" in said
+
+
+def test_the_comparison_is_what_was_measured(run):
+    report = json.loads((run[0] / "out/comparison.json").read_text())
+    assert report["batches"] == 2
+    assert report["static"]["sp_degree"] == 4
+    for name in ("flex", "batch-adaptive", "static"):
+        assert report[name]["median_step_s"] == pytest.approx(sum(report[name]["step_s"]) / 2)
+    assert report["speedup"] == pytest.approx(report["static"]["median_step_s"] / report["flex"]["median_step_s"])
+    assert f"flex is {report['speedup']:.2f} times as fast as static" in run[1]
+
+
+def test_the_model_loads_and_has_learned(run):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run[0] / "out/model")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    text = torch.tensor([list(b"import os\nimport sys\n\ndef main():\n    return None\n")])
+    loss = model(input_ids=text, labels=text).loss.item()
+    assert loss < 4.5  # ln 256 = 5.5 is knowing nothing
+
+
+def test_a_run_starts_from_a_saved_model_on_another_number_of_ranks(run):
+    folder, _ = run
+    done = train(
+        folder, "--model.path", "out/model", "--model.config", "{}", "--train.steps", "1", "--run.dir", "again",
+        "--run.compare_batches", "0", "--planner.max_tokens_per_rank", "1K", "--model.dtype", "bfloat16",
+        world_size=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = json.loads((folder / "out/metrics.jsonl").read_text().splitlines()[0])
+    again = json.loads((folder / "again/metrics.jsonl").read_text())
+    assert again["loss"] < first["loss"] - 0.3
+
+
+def test_rows_with_masked_labels_train(run):
+    """Prompts do not count: theirs is noise, which nobody learns; the ten sevens after it are learnt at once."""
+    folder, _ = run
+    draw = random.Random(0)
+    prompts = [[draw.randrange(256) for _ in range(20)] for _ in range(36)]
+    rows = [{"input_ids": prompt + [7] * 10, "labels": [-100] * 20 + [7] * 10} for prompt in prompts]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    done = train(
+        folder, "--data.source", "rows.jsonl", "--data.overlong", "error", "--train.batch_size", "6", "--train.steps",
+        "6", "--run.dir", "rows", "--run.compare_batches", "0", "--planner.max_tokens_per_rank", "1K", "--train.lr",
+        "3e-2", "--run.save_model", "false", world_size=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = [json.loads(line) for line in (folder / "rows/metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in metrics] == [180] * 6
+    assert metrics[-1]["loss"] < 1.0  # with the prompts it would stay above 2/3 of ln 256
+    assert not (folder / "rows/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--planner.profile", "four.json"], "four.json: num_devices=4 is not world_size=2; use a profile of 2"),
+        (["--train.stepz", "1"], "train.stepz is unknown"),
+        (["--data.overlong", "error"], "exceeds max_length=2048, as do"),
+        (["--data.max_length", "4K"], "max_length=4096 tokens fit into no group: the most"),
+        (["--planner.sp_degrees", "[1, 3]"], "degrees that work: [1, 2]"),
+        (["--model.config.attention_dropout", "0.1"], "dropout makes loss and gradients depend on the plan"),
+        (["--model.config.vocab_size", "100"], "token id 255 is beyond vocab_size=100"),
+        (["--planner.name", "best"], "planner='best' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run, flags, message):
+    folder, _ = run
+    base = ["--run.dir", "bad", "--run.compare_batches", "0", "--planner.max_tokens_per_rank", "1K"]
+    done = train(folder, *base, *flags, world_size=2)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("flexsp train:")]
+    assert len(ours) == 1, done.stderr[-3000:]
+    assert message in ours[0]
+    assert "flexsp/" not in done.stderr  # torchrun adds a traceback of its own, we none
+    assert "exitcode  : 2" in done.stderr
