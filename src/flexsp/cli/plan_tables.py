@@ -82,7 +82,7 @@ def _rows(
         group: profile.group_s(group.sp_degree, lengths[list(group.sequences)], policy) for group in micro_batch.groups
     }
     slowest_s = max(seconds.values())
-    rows = []
+    rows: list[list[str]] = []
     for groups in _sections(micro_batch, every_group):
         degree = groups[0].sp_degree
         held = [lengths[list(group.sequences)] for group in groups]
