@@ -13,7 +13,9 @@ from typing import Any, cast
 
 from flexsp.lengths import Lengths, as_lengths
 from flexsp.planner.batch_adaptive import plan_batch_adaptive
+from flexsp.planner.exact import plan_exact
 from flexsp.planner.flex import plan_flex
+from flexsp.planner.milp import plan_milp
 from flexsp.planner.static import plan_static
 from flexsp.plans import Plan
 from flexsp.profile import Profile
@@ -24,6 +26,8 @@ PLANNERS: dict[str, Planner] = {
     "flex": plan_flex,
     "batch-adaptive": plan_batch_adaptive,
     "static": plan_static,
+    "milp": plan_milp,
+    "exact": plan_exact,
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from flexsp.profile import Profile
+
 
 @lru_cache(maxsize=4096)
 def legal_starts(degree: int, num_devices: int, devices_per_node: int) -> tuple[int, ...]:
@@ -61,3 +63,31 @@ def most_groups(degree: int, num_devices: int, devices_per_node: int) -> int:
         if start >= end:
             placed, end = placed + 1, start + degree
     return placed
+
+
+MOST_LAYOUTS = 96
+"""More layouts than this are not worth trying one by one."""
+
+
+def few_layouts(degrees: Sequence[int], profile: Profile, num_sequences: int) -> list[tuple[int, ...]]:
+    """All layouts of at most `num_sequences` groups to which no group can be added; none where there are too many.
+
+    Returns:
+        The degrees of the groups, descending.
+    """
+    found: list[tuple[int, ...]] = []
+
+    def extend(layout: tuple[int, ...], at_most: int) -> bool:
+        """Notes what follows from `layout` by smaller or equal groups; False once there are too many."""
+        last = True
+        for degree in reversed([d for d in degrees if d <= at_most]):
+            longer = (*layout, degree)
+            if len(longer) <= num_sequences and place(longer, profile.num_devices, profile.devices_per_node):
+                last = False
+                if not extend(longer, degree):
+                    return False
+        if layout and last:
+            found.append(layout)
+        return len(found) <= MOST_LAYOUTS
+
+    return found if extend((), profile.num_devices) else []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 from flexsp.lengths import LengthArray
-from flexsp.planner.assemble import assemble, infeasible, too_long, usable_degrees
+from flexsp.planner.assemble import assemble, infeasible, too_long
 from flexsp.planner.best_fit import pack_one_degree
+from flexsp.planner.degrees import usable_degrees
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 
