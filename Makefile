@@ -11,7 +11,7 @@ ARGS ?=
 .PHONY: train test lint types clean
 
 train: $(READY)
-	$(BIN)/torchrun --nproc-per-node $(RANKS) -m flexsp train configs/quickstart.toml $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m flexsp train configs/quickstart.toml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -27,6 +27,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flexsp needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,milp,dev]'
+	@echo "Compiling the planner's kernels, once ..."
+	@printf '64000\n900\n' | $(BIN)/flexsp plan - --profile examples/profiles/gpt-7b-64xa100.json > /dev/null
 	@touch $@
 
 clean:

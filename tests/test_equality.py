@@ -90,6 +90,10 @@ def test_parameters_kept_gathered_equal_one_device(ranks):
     ranks(4).run(check_equal, small_config(), torch.float64, [(*MIXED, 0.2)], {"reshard_after_forward": False})
 
 
+def test_parameters_gathered_at_once_equal_one_device(ranks):
+    ranks(4).run(check_equal, small_config(), torch.float64, [(*MIXED, 0.2)], {"shard_layers": False})
+
+
 def test_tied_embeddings_equal_one_device(ranks):
     ranks(4).run(check_equal, small_config(tie_word_embeddings=True), torch.float64, [(*MIXED, 0.0)])
 

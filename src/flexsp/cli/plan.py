@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +16,9 @@ from flexsp.cli.plan_tables import show_explanation, show_plan
 from flexsp.lengths import parse_tokens, read_lengths
 from flexsp.planner import PLANNERS
 from flexsp.profile import Profile
+
+PATIENCE_S = 3.0
+"""After which a person at a terminal is told what takes so long."""
 
 
 def add_to(commands: Any) -> None:
@@ -45,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         options["max_length"] = parse_tokens(arguments.max_length, "--max-length")
     if arguments.time_limit_s is not None:
         options["time_limit_s"] = arguments.time_limit_s
-    plan = flexsp.plan(lengths, profile, arguments.planner, **options)
+    with _said_if_long():
+        plan = flexsp.plan(lengths, profile, arguments.planner, **options)
     if not plan.has_plan:
         raise ValueError(f"{plan.status.value}: {plan.reason}")
     if arguments.output:
@@ -56,3 +64,23 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show_explanation(plan, lengths, profile, arguments.explain, console)
     return 0
+
+
+@contextmanager
+def _said_if_long() -> Iterator[None]:
+    """Says on a terminal that an installation's first plan compiles the planner, once it takes longer than a plan."""
+
+    def say() -> None:
+        if sys.stderr.isatty():
+            print(
+                "still planning; an installation's first plan compiles the planner, about half a minute",
+                file=sys.stderr,
+            )
+
+    timer = threading.Timer(PATIENCE_S, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -145,5 +145,10 @@ class PlannedLoader:
         if faults := violations(plan, batch.lengths, self._profile):
             raise ValueError(f"step {step}: the plan is illegal in {len(faults)} ways, the first is: {faults[0]}")
         if plan_wait_s and dist.get_rank() == 0:
-            log.info("step %d waited %.3f s for its plan", step, plan_wait_s)
+            why = (
+                ": nothing was planned before, and an installation's first plan compiles the planner"
+                if step == 0
+                else ""
+            )
+            log.info("step %d waited %.3f s for its plan%s", step, plan_wait_s, why)
         return replace(batch, plan=plan, plan_s=plan.solve_s or 0.0, plan_wait_s=plan_wait_s)

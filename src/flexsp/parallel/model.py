@@ -95,6 +95,7 @@ def prepare_model(
     mesh: DeviceMesh | None = None,
     param_dtype: torch.dtype | None = None,
     activation_checkpointing: bool = False,
+    shard_layers: bool = True,
     reshard_after_forward: bool = True,
     exact: bool = True,
 ) -> PreTrainedModel:
@@ -105,6 +106,7 @@ def prepare_model(
         mesh: by default one dimension, `dp_shard`, over all ranks.
         param_dtype: what parameters are gathered and computed in, e.g. torch.bfloat16; gradients are reduced in fp32.
         activation_checkpointing: recompute each layer in the backward.
+        shard_layers: gather parameters layer by layer; without, all at once, which is faster for a small model.
         reshard_after_forward: free a layer's gathered parameters between its forward and its backward (ZeRO-3).
         exact: refuse dropout.
 
@@ -124,7 +126,7 @@ def prepare_model(
     policy = MixedPrecisionPolicy()
     if param_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    layer_classes = set(model._no_split_modules or [])
+    layer_classes = set(model._no_split_modules or []) if shard_layers else set()
     for module in list(model.modules()):
         if type(module).__name__ in layer_classes:
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)

@@ -92,6 +92,7 @@ def prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
         model,
         param_dtype=_param_dtype(config),
         activation_checkpointing=config.activation_checkpointing,
+        shard_layers=config.shard_layers,
         reshard_after_forward=config.reshard_after_forward,
         exact=config.exact,
     )
@@ -163,6 +164,7 @@ def _measured_profile(config: Config, model: PreTrainedModel, groups: GroupPool)
         "param_dtype": _param_dtype(config.model),
     }
     measure = partial(measure_profile, model, groups, **settings)
-    wiring = {key: getattr(config.model, key) for key in ("activation_checkpointing", "reshard_after_forward")}
+    knobs = ("activation_checkpointing", "shard_layers", "reshard_after_forward")
+    wiring = {key: getattr(config.model, key) for key in knobs}
     saved = profile_path(planner.profile_dir, model, {**settings, **wiring})
     return load_or_measure(saved, measure, groups.control)

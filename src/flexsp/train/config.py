@@ -24,6 +24,8 @@ class ModelConfig:
     """What is computed in: float32 or bfloat16. Weights and optimizer stay in float32."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward instead of holding its activations."""
+    shard_layers: bool = True
+    """Gather parameters layer by layer (an FSDP2 unit each); false gathers all at once, faster for a small model."""
     reshard_after_forward: bool = True
     """Free a layer's gathered parameters after its forward and gather them again in the backward (ZeRO-3); false keeps
     them in between, which costs memory and saves a gather."""
