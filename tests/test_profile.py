@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from flexsp import Profile
+import flexsp
+from flexsp import Plan, Profile
 from profiles import profile, profile_json
 
 
@@ -29,7 +30,7 @@ def test_a_policy_changes_bytes_and_compute():
 
 
 def test_a_file_is_kept_as_it_was_with_fields_of_later_versions(tmp_path):
-    document = profile_json(layouts={"4": {"ulysses": 2, "ring": 2}}, optimizer_s=0.05, tables={"x": [1]})
+    document = profile_json(layouts={"4": {"ulysses": 2, "ring": 2}}, optimizer_s=0.05, later={"x": [1]})
     document["memory"]["policies"] = {"r": {"activation_bytes_per_token": 2, "compute_factor": 1.5}}
     document["compute"]["later_s"] = 3
     (tmp_path / "p.json").write_text(json.dumps(document))
@@ -87,3 +88,28 @@ def test_other_numbers_of_devices_share_the_model_states_and_say_so():
     assert p.for_devices(8) is p
     with pytest.raises(ValueError, match="nothing is left for activations"):
         profile(8, capacity=10).for_devices(1)
+
+
+def test_tables_give_measured_seconds_between_lengths_and_grow_beyond_them(tmp_path):
+    tables = {"1": {"lengths": [10, 40], "seconds_per_token": [0.002, 0.004]}}
+    p = Profile.from_json(profile_json(tables=tables))
+    assert p.group_table_s(1, [10, 40]) == pytest.approx(0.002 * 10 + 0.004 * 40)
+    assert p.group_table_s(1, [20]) == pytest.approx(0.003 * 20)  # half way on a logarithmic axis
+    assert p.group_table_s(1, [5]) == pytest.approx(0.002 * 5)
+    assert p.group_table_s(1, [100]) == pytest.approx((0.004 + 60 * 1e-5) * 100)
+    assert p.group_table_s(2, [20]) == p.group_s(2, [20])  # no table at that degree
+    p.save(tmp_path / "p.json")
+    assert Profile.load(tmp_path / "p.json") == p
+    plan = flexsp.plan([10, 40], p, "static", sp_degree=1)
+    assert plan.predicted_table_s == pytest.approx(0.02 + 0.004 * 40)
+    assert plan.predicted_s == pytest.approx(0.02 + 40 * (1e-3 + 40 * 1e-5))  # stays the formula's
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    "table", [{"lengths": [2, 1], "seconds_per_token": [1, 1]}, {"lengths": [1], "seconds_per_token": []}]
+)
+def test_a_malformed_table_is_named(table):
+    with pytest.raises(ValueError, match=r"profile: tables\[1\]: lengths=.* must ascend"):
+        Profile.from_json(profile_json(tables={"1": table}))

@@ -71,6 +71,8 @@ class Plan:
     """Why there are no micro-batches, where status is infeasible or unknown."""
     predicted_s: float | None = None
     """Seconds of all micro-batches by the cost model."""
+    predicted_table_s: float | None = None
+    """The same by the profile's measured tables, where it has them."""
     lower_bound_s: float | None = None
     """No legal plan for these lengths and this profile is predicted to take less."""
     solve_s: float | None = None
@@ -144,6 +146,7 @@ class Plan:
                 status=Status(status),
                 reason=_optional(document, "reason", where, jf.as_string),
                 predicted_s=_optional(document, "predicted_s", where, jf.as_number),
+                predicted_table_s=_optional(document, "predicted_table_s", where, jf.as_number),
                 lower_bound_s=_optional(document, "lower_bound_s", where, jf.as_number),
                 solve_s=_optional(document, "solve_s", where, jf.as_number),
             )
@@ -179,6 +182,8 @@ class Plan:
                 for micro_batch in self.micro_batches
             ],
         }
+        if self.predicted_table_s is not None:
+            document["predicted_table_s"] = self.predicted_table_s
         return jf.merged(document, self.extra)
 
 

@@ -7,18 +7,20 @@ For a group of degree d that holds sequences of s tokens each:
     group(d)    = compute(d) + exchange(d)
     micro_batch = fixed_s + max over its groups of group(d)
     memory(d)   = model_state_bytes + activation_bytes_per_token * sum(s) / d   <=   memory_bytes
+
+Where two terms do not fit what was measured, a profile carries tables by length and degree beside the formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flexsp import jsonfields as jf
+import numpy as np
 
-FORMAT = "flexsp-profile/1"
+from flexsp import jsonfields as jf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,20 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Measured seconds of rows that hold sequences of one length, at one degree."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each of a row's sequences, ascending."""
+    seconds_per_token: tuple[float, ...]
+    """Of the group, exchange included, the micro-batch's fixed cost apart; one for each length."""
+
+    def at(self, lengths: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Seconds a token at these lengths: between two measured ones on a line over the logarithm of the length."""
+        return np.asarray(np.interp(np.log(lengths), np.log(self.lengths), self.seconds_per_token))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """The measured, published or estimated cost of one model on one cluster."""
 
@@ -91,6 +107,8 @@ class Profile:
     """Seconds of the optimizer's step; no part of a plan's predicted_s."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Where the numbers come from."""
+    tables: Mapping[int, Table] = field(default_factory=dict)
+    """By degree, where two terms do not fit: for `group_table_s`; no part of a plan's predicted_s."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the file that this version does not know, nested as they were; kept when it is saved."""
 
@@ -140,6 +158,22 @@ class Profile:
         factor = self.memory.policies[policy].compute_factor if policy else 1.0
         return factor * work_s / degree + tokens * self.exchange_s_per_token(degree) + self.latency_s(degree)
 
+    def group_table_s(self, degree: int, lengths: Sequence[int], policy: str | None = None) -> float:
+        """Seconds of a group by the measured table of its degree; by the formula where there is none.
+
+        Beyond the longest length measured, attention goes on growing as the formula says.
+        """
+        table = self.tables.get(degree)
+        if table is None:
+            return self.group_s(degree, lengths, policy)
+        tokens = np.asarray(lengths, dtype=np.float64)
+        beyond = np.maximum(tokens - table.lengths[-1], 0.0) * self.compute.quadratic_s / degree
+        seconds = float(((table.at(tokens) + beyond) * tokens).sum())
+        if policy:
+            work_s = float(((self.compute.quadratic_s * tokens + self.compute.linear_s) * tokens).sum())
+            seconds += (self.memory.policies[policy].compute_factor - 1.0) * work_s / degree
+        return seconds
+
     def activation_bytes_per_token(self, policy: str | None = None) -> float:
         return (
             self.memory.policies[policy].activation_bytes_per_token
@@ -164,11 +198,11 @@ class Profile:
     # ---- other clusters
 
     def for_devices(self, num_devices: int) -> Profile:
-        """This model's profile on `num_devices` devices of the same kind, e.g. to plan for half the cluster.
+        """This model's profile on another number of devices of the same kind, e.g. to plan for half the cluster.
 
         Model states are taken as sharded over all devices (ZeRO-3), so each device's share changes in proportion;
-        degrees above `num_devices` go; seconds, bandwidths and nodes stay. What was assumed is appended to
-        `provenance["assumptions"]`.
+        degrees above `num_devices` go, and none is added: their exchange is not known. Seconds, bandwidths and the
+        size of a node stay. What was assumed is appended to `provenance["assumptions"]`.
 
         Raises:
             ValueError: no degree is left, or the model states no longer fit.
@@ -184,16 +218,16 @@ class Profile:
             )
         assumption = (
             f"for {num_devices} devices from a profile of {self.num_devices}: model_state_bytes sharded evenly over "
-            f"all devices; fixed_s, bandwidths and latencies unchanged; no degree above {degrees[-1]}"
+            f"all devices; fixed_s, bandwidths and latencies unchanged; no degree above {degrees[-1]}; "
+            f"{min(self.devices_per_node, num_devices)} devices a node"
         )
+        state_bytes = self.memory.model_state_bytes * self.num_devices / num_devices
         return replace(
             self,
             num_devices=num_devices,
             devices_per_node=min(self.devices_per_node, num_devices),
             sp_degrees=degrees,
-            memory=replace(
-                self.memory, model_state_bytes=self.memory.model_state_bytes * self.num_devices / num_devices
-            ),
+            memory=replace(self.memory, model_state_bytes=state_bytes),
             provenance={
                 **self.provenance,
                 "assumptions": [*self.provenance.get("assumptions", []), assumption],
@@ -217,136 +251,13 @@ class Profile:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str = "profile") -> Profile:
-        found = jf.required(document, "format", where)
-        if found != FORMAT:
-            raise ValueError(f"{where}: format={found!r} must be {FORMAT!r}; give a profile file")
-        compute = _Section(document, "compute", where)
-        exchange = _Section(document, "all_to_all", where)
-        memory = _Section(document, "memory", where)
-        layouts = jf.as_object(document.get("layouts", {}), f"{where}: layouts")
-        optimizer_s = document.get("optimizer_s")
-        try:
-            profile = cls(
-                name=jf.as_string(jf.required(document, "name", where), f"{where}: name"),
-                num_devices=jf.as_integer(jf.required(document, "num_devices", where), f"{where}: num_devices", 1),
-                devices_per_node=jf.as_integer(
-                    jf.required(document, "devices_per_node", where), f"{where}: devices_per_node", 1
-                ),
-                sp_degrees=tuple(
-                    jf.as_integer(d, f"{where}: sp_degrees", 1)
-                    for d in jf.as_list(jf.required(document, "sp_degrees", where), f"{where}: sp_degrees")
-                ),
-                compute=Compute(
-                    quadratic_s=compute.number("quadratic_s"),
-                    linear_s=compute.number("linear_s"),
-                    fixed_s=compute.number("fixed_s"),
-                ),
-                all_to_all=AllToAll(
-                    bytes_per_token=exchange.number("bytes_per_token"),
-                    bandwidth_bytes_per_s=exchange.by_degree("bandwidth_bytes_per_s", positive=True),
-                    latency_s=exchange.by_degree("latency_s", optional=True),
-                ),
-                memory=Memory(
-                    memory_bytes=memory.number("memory_bytes", positive=True),
-                    model_state_bytes=memory.number("model_state_bytes"),
-                    activation_bytes_per_token=memory.number("activation_bytes_per_token", positive=True),
-                    policies=_policies(memory),
-                ),
-                layouts={
-                    _degree(key, f"{where}: layouts"): _layout(key, entry, where) for key, entry in layouts.items()
-                },
-                optimizer_s=None if optimizer_s is None else jf.as_number(optimizer_s, f"{where}: optimizer_s"),
-                provenance=jf.as_object(document.get("provenance", {}), f"{where}: provenance"),
-            )
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
-        return replace(profile, extra=jf.remainder(document, profile.to_json()))
+        """The profile of a flexsp-profile/1 document; `where` names it in errors."""
+        from flexsp.profile_file import profile_from_json
+
+        return profile_from_json(document, where)
 
     def to_json(self) -> dict[str, Any]:
-        memory: dict[str, Any] = {
-            "memory_bytes": self.memory.memory_bytes,
-            "model_state_bytes": self.memory.model_state_bytes,
-            "activation_bytes_per_token": self.memory.activation_bytes_per_token,
-        }
-        if self.memory.policies:
-            memory["policies"] = {
-                name: {
-                    "activation_bytes_per_token": policy.activation_bytes_per_token,
-                    "compute_factor": policy.compute_factor,
-                }
-                for name, policy in self.memory.policies.items()
-            }
-        document: dict[str, Any] = {
-            "format": FORMAT,
-            "name": self.name,
-            "num_devices": self.num_devices,
-            "devices_per_node": self.devices_per_node,
-            "sp_degrees": list(self.sp_degrees),
-            "compute": {
-                "quadratic_s": self.compute.quadratic_s,
-                "linear_s": self.compute.linear_s,
-                "fixed_s": self.compute.fixed_s,
-            },
-            "all_to_all": {
-                "bytes_per_token": self.all_to_all.bytes_per_token,
-                "bandwidth_bytes_per_s": {str(d): v for d, v in self.all_to_all.bandwidth_bytes_per_s.items()},
-                "latency_s": {str(d): v for d, v in self.all_to_all.latency_s.items()},
-            },
-            "memory": memory,
-        }
-        if self.layouts:
-            document["layouts"] = {str(d): {"ulysses": v.ulysses, "ring": v.ring} for d, v in self.layouts.items()}
-        if self.optimizer_s is not None:
-            document["optimizer_s"] = self.optimizer_s
-        document["provenance"] = dict(self.provenance)
-        return jf.merged(document, self.extra)
+        """The flexsp-profile/1 document of this profile."""
+        from flexsp.profile_file import profile_to_json
 
-
-class _Section:
-    """One nested object of the file, whose fields are named with their path in errors."""
-
-    def __init__(self, document: Mapping[str, Any], name: str, where: str) -> None:
-        self.where = f"{where}: {name}"
-        self.fields = jf.as_object(jf.required(document, name, where), self.where)
-
-    def number(self, key: str, positive: bool = False) -> int | float:
-        return jf.as_number(jf.required(self.fields, key, self.where), f"{self.where}.{key}", positive)
-
-    def by_degree(self, key: str, positive: bool = False, optional: bool = False) -> dict[int, float]:
-        where = f"{self.where}.{key}"
-        table = self.fields.get(key, {}) if optional else jf.required(self.fields, key, self.where)
-        return {
-            _degree(degree, where): jf.as_number(value, f"{where}[{degree}]", positive)
-            for degree, value in jf.as_object(table, where).items()
-        }
-
-
-def _degree(key: str, where: str) -> int:
-    if not (key.isascii() and key.isdigit() and int(key) > 0):
-        raise ValueError(f"{where}: key {key!r} must be a degree, a positive integer in quotes; correct it")
-    return int(key)
-
-
-def _policies(memory: _Section) -> dict[str, Policy]:
-    where = f"{memory.where}.policies"
-    policies = {}
-    for name, entry in jf.as_object(memory.fields.get("policies", {}), where).items():
-        fields = _Section({name: entry}, name, where)
-        factor = fields.number("compute_factor", positive=True) if "compute_factor" in fields.fields else 1.0
-        policies[name] = Policy(
-            activation_bytes_per_token=fields.number("activation_bytes_per_token", positive=True), compute_factor=factor
-        )
-    return policies
-
-
-def _layout(key: str, entry: Any, where: str) -> Layout:
-    where = f"{where}: layouts[{key}]"
-    fields = jf.as_object(entry, where)
-    layout = Layout(
-        ulysses=jf.as_integer(jf.required(fields, "ulysses", where), f"{where}.ulysses", 1),
-        ring=jf.as_integer(jf.required(fields, "ring", where), f"{where}.ring", 1),
-    )
-    if layout.ulysses * layout.ring != int(key):
-        raise ValueError(f"{where}: ulysses={layout.ulysses} x ring={layout.ring} must be {key}; correct one")
-    return layout
+        return profile_to_json(self)
