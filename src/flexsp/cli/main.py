@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 import flexsp
-from flexsp.cli import check, plan, train
+from flexsp.cli import check, estimate, plan, show, train
 
-COMMANDS = (plan, check, train)
+COMMANDS = (plan, check, estimate, show, train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

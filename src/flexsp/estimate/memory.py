@@ -1,0 +1,74 @@
+"""The bytes of a profile: model states under ZeRO, and ways to hold fewer activations."""
+
+from __future__ import annotations
+
+from flexsp.estimate.cluster import DTYPES, Cluster
+from flexsp.estimate.seconds import linear_s, quadratic_s
+from flexsp.estimate.shape import FP32_BYTES, ModelShape
+from flexsp.profile import Policy
+
+STATE_BYTES = 16
+"""Of one parameter, all in fp32: weight, gradient and Adam's two moments."""
+GATHERED_LAYERS = 2
+"""Layers whose parameters are on every device at once: the one in work and the one fetched ahead."""
+POLICY_TOKENS = 32 * 1024
+"""The length of sequences at which the policies' compute_factor holds: they are for long ones."""
+
+
+def model_state_bytes(shape: ModelShape, num_devices: int, dtype: str, zero_stage: int) -> tuple[float, float]:
+    """Bytes on a device: its share of the model states, and what it holds whole.
+
+    ZeRO-3 as FSDP2 does it: fp32 shards; whole are two layers, the gradient of one (as computed, and in fp32 on its way
+    to the others), embedding and head, which stay gathered through forward and backward, and the head's gradient, which
+    waits for the end of the backward. ZeRO-1 and ZeRO-2 after
+    arXiv 1910.02054, section 5: a whole copy of the weights and, in ZeRO-1, of the gradients, in the compute dtype.
+    """
+    itemsize, parameters = DTYPES[dtype], shape.num_parameters
+    if zero_stage == 3:
+        if num_devices == 1 and dtype == "float32":
+            return STATE_BYTES * parameters, 0  # the one shard is the whole, and no copy is made
+        root = shape.embedding_parameters + shape.head_parameters + shape.final_parameters
+        layer = shape.layer_parameters
+        head = shape.vocab_size * shape.hidden_size
+        whole = itemsize * (root + head + GATHERED_LAYERS * layer) + (itemsize + FP32_BYTES) * layer
+        return STATE_BYTES * parameters / num_devices, whole
+    master = 3 * FP32_BYTES if itemsize < FP32_BYTES else 2 * FP32_BYTES  # moments, and weights where they are not fp32
+    if zero_stage == 2:
+        return (master + itemsize) * parameters / num_devices, itemsize * parameters
+    return master * parameters / num_devices, 2 * itemsize * parameters
+
+
+def policies(shape: ModelShape, cluster: Cluster, dtype: str) -> dict[str, Policy]:
+    """The policies of a profile: what each holds of a token, and what it costs at POLICY_TOKENS."""
+    itemsize = DTYPES[dtype]
+    factors = {
+        "selective": _recompute_factor(shape, cluster, dtype, attention=False),
+        "full": _recompute_factor(shape, cluster, dtype, attention=True),
+        "offload": _offload_factor(shape, cluster, dtype),
+    }
+    return {
+        name: Policy(activation_bytes_per_token=shape.activation_bytes_per_token(name, itemsize), compute_factor=factor)
+        for name, factor in factors.items()
+    }
+
+
+def _recompute_factor(shape: ModelShape, cluster: Cluster, dtype: str, attention: bool) -> float:
+    """Compute with a second forward of the MLP, or of the whole layer, over compute without."""
+    linear = linear_s(shape, cluster, dtype)
+    quadratic = quadratic_s(shape, cluster, dtype) * POLICY_TOKENS
+    kinds = shape.flops_by_kind()
+    again = kinds["mlp"] + kinds["router"] + (kinds["attention_projections"] if attention else 0)
+    again_s = linear * again / shape.linear_flops_per_token() / 3  # a forward is a third of forward and backward
+    if attention:
+        again_s += quadratic * 2 / 7
+    return 1 + again_s / (linear + quadratic)
+
+
+def _offload_factor(shape: ModelShape, cluster: Cluster, dtype: str) -> float:
+    """Compute while activations go to the host in the forward and come back in the backward, over compute alone."""
+    linear = linear_s(shape, cluster, dtype)
+    quadratic = quadratic_s(shape, cluster, dtype) * POLICY_TOKENS
+    forward_s, backward_s = linear / 3 + quadratic * 2 / 7, linear * 2 / 3 + quadratic * 5 / 7
+    layer_bytes = sum(shape.kept_bytes_per_layer(DTYPES[dtype]).values())
+    move_s = shape.num_layers * layer_bytes / (cluster.host_bytes_per_s * cluster.host_efficiency)
+    return (max(forward_s, move_s) + max(backward_s, move_s)) / (forward_s + backward_s)

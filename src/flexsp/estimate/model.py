@@ -1,0 +1,198 @@
+"""A profile from a model's shape and a cluster's data sheets; docs/estimate.md gives each formula and its source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flexsp
+from flexsp.estimate import memory, seconds
+from flexsp.estimate.cluster import DTYPES, Cluster
+from flexsp.estimate.shape import ModelShape
+from flexsp.profile import AllToAll, Compute, Memory, Profile
+
+ZERO_STAGES = (1, 2, 3)
+
+
+def estimate_profile(
+    shape: ModelShape,
+    cluster: Cluster,
+    *,
+    num_devices: int | None = None,
+    sp_degrees: Sequence[int] | None = None,
+    dtype: str = "bfloat16",
+    memory_fraction: float = 0.9,
+    zero_stage: int = 3,
+    reduce_dtype: str = "float32",
+    date: str | None = None,
+) -> Profile:
+    """A profile of a model on a cluster that need not be there.
+
+    Args:
+        shape: the model.
+        cluster: what the devices and links are.
+        num_devices: how many devices; by default as many as the cluster file says.
+        sp_degrees: the degrees of plans; by default the powers of two that divide the heads.
+        dtype: what the model computes in.
+        memory_fraction: of a device's memory that a plan may fill.
+        zero_stage: what is sharded over all devices; 3 is what the executor does.
+        reduce_dtype: what gradients are reduced in; float32 is what the executor does.
+        date: noted in the profile, e.g. "2026-01-31".
+
+    Raises:
+        ValueError: an argument is out of range, or the model does not fit; the message says what would make it fit.
+    """
+    for name, value in (("dtype", dtype), ("reduce_dtype", reduce_dtype)):
+        if value not in DTYPES:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(DTYPES)}")
+    if zero_stage not in ZERO_STAGES:
+        raise ValueError(f"zero_stage={zero_stage} is unknown; choose one of {', '.join(map(str, ZERO_STAGES))}")
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"memory_fraction={memory_fraction} must be above 0 and at most 1; leave some for the driver")
+    if dtype == "float32":
+        reduce_dtype = "float32"  # gradients are computed in no less
+    cluster = cluster.with_devices(cluster.num_devices if num_devices is None else num_devices)
+    degrees = _degrees(shape, cluster.num_devices, sp_degrees)
+    per_micro_batch_s, per_step_s = seconds.parameter_traffic_s(shape, cluster, dtype, zero_stage, reduce_dtype)
+    per_token = shape.activation_bytes_per_token("none", DTYPES[dtype])
+    return Profile(
+        name=f"{shape.name} on {cluster.num_devices} x {cluster.device}, estimated",
+        num_devices=cluster.num_devices,
+        devices_per_node=min(cluster.devices_per_node, cluster.num_devices),
+        sp_degrees=degrees,
+        compute=Compute(
+            quadratic_s=seconds.quadratic_s(shape, cluster, dtype),
+            linear_s=seconds.linear_s(shape, cluster, dtype),
+            fixed_s=per_micro_batch_s + shape.num_layers * cluster.layer_launch_s,
+        ),
+        all_to_all=AllToAll(
+            bytes_per_token=shape.exchange_bytes_per_token(DTYPES[dtype]),
+            bandwidth_bytes_per_s={
+                d: seconds.exchange_bytes_per_s(cluster, d) / seconds.kv_repetition(shape, d) for d in degrees if d > 1
+            },
+            latency_s={d: seconds.exchange_latency_s(shape, cluster, d) for d in degrees if d > 1},
+        ),
+        memory=Memory(
+            memory_bytes=math.floor(cluster.memory_bytes * memory_fraction),
+            model_state_bytes=_model_state_bytes(shape, cluster, dtype, zero_stage, memory_fraction, per_token),
+            activation_bytes_per_token=per_token,
+            policies=memory.policies(shape, cluster, dtype),
+        ),
+        optimizer_s=seconds.optimizer_s(shape, cluster, per_step_s),
+        provenance=_provenance(shape, cluster, dtype, memory_fraction, zero_stage, reduce_dtype, date),
+    )
+
+
+def _degrees(shape: ModelShape, num_devices: int, sp_degrees: Sequence[int] | None) -> tuple[int, ...]:
+    """The degrees of plans, which must divide the heads: that is what Ulysses serves."""
+    if sp_degrees is None:
+        powers = (2**i for i in range(num_devices.bit_length()))
+        return tuple(d for d in powers if d <= num_devices and shape.num_heads % d == 0)
+    for degree in sp_degrees:
+        if degree < 1 or degree > num_devices or shape.num_heads % degree:
+            works = [d for d in range(1, num_devices + 1) if shape.num_heads % d == 0]
+            raise ValueError(
+                f"sp_degree={degree} must divide num_attention_heads={shape.num_heads} and be at most "
+                f"num_devices={num_devices}; degrees that work: {works}"
+            )
+    return tuple(sorted(set(sp_degrees)))
+
+
+def _model_state_bytes(
+    shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float, per_token: float
+) -> int:
+    """Model states on a device.
+
+    Raises:
+        ValueError: they leave no room for the activations of a token.
+    """
+    share, whole = memory.model_state_bytes(shape, cluster.num_devices, dtype, zero_stage)
+    room = cluster.memory_bytes * memory_fraction
+    if share + whole + per_token <= room:
+        return math.ceil(share + whole)
+    needed = (share + whole) / 2**30
+    short = (
+        f"model states of {needed:.1f} GiB a device leave no room in {room / 2**30:.1f} GiB "
+        f"({memory_fraction:g} of {cluster.device})"
+    )
+    left = room - whole - per_token
+    if left > 0:
+        least = math.ceil(share * cluster.num_devices / left)
+        if least > cluster.devices_per_node:
+            least = math.ceil(least / cluster.devices_per_node) * cluster.devices_per_node
+        raise ValueError(f"num_devices={cluster.num_devices}: {short}; use at least {least} devices")
+    if zero_stage < 3:
+        raise ValueError(f"zero_stage={zero_stage}: {short}, on any number of devices; use zero_stage 3")
+    raise ValueError(
+        f"{shape.name}: {short}, on any number of devices: one layer's parameters and the embeddings are gathered "
+        f"whole; use a device with more memory"
+    )
+
+
+def _provenance(
+    shape: ModelShape,
+    cluster: Cluster,
+    dtype: str,
+    memory_fraction: float,
+    zero_stage: int,
+    reduce_dtype: str,
+    date: str | None,
+) -> dict[str, Any]:
+    hidden = 1 - cluster.gather_exposed
+    traffic = {
+        1: "no parameter traffic within a micro-batch (ZeRO-1)",
+        2: f"one reduce-scatter of gradients in {reduce_dtype} (ZeRO-2)",
+        3: f"two all-gathers of the parameters in {dtype}, one reduce-scatter of gradients in {reduce_dtype} (ZeRO-3)",
+    }[zero_stage]
+    sources = {name: source for name, source in cluster.sources.items() if name != f"{_other(dtype)}_flops_per_s"}
+    return {
+        "source": "estimated",
+        "device": f"{cluster.num_devices} x {cluster.device}, {cluster.name}",
+        **({"date": date} if date else {}),
+        "versions": {"flexsp": flexsp.__version__},
+        "dtype": dtype,
+        "assumptions": [
+            *shape.assumptions,
+            "nothing was run; shares of the peak and of the links are those of the cluster file",
+            "norms are fused kernels; eager ones hold more activations",
+            f"policies: compute_factor for sequences of {memory.POLICY_TOKENS} tokens; shorter ones pay more",
+            f"{memory_fraction:g} of a device's memory may be filled; the rest is for the driver, NCCL and fragments",
+        ],
+        "sources": [f"{name}: {source}" for name, source in sources.items()],
+        "fields": {
+            "compute.quadratic_s": "7 FLOPs per token squared, head, head_dim and layer (causal FlashAttention-2) / "
+            f"({cluster.attention_efficiency:g} of {_tera(cluster, dtype)} TFLOP/s)",
+            "compute.linear_s": "6 FLOPs per parameter that a token multiplies with / "
+            f"({cluster.linear_efficiency:g} of {_tera(cluster, dtype)} TFLOP/s)",
+            "compute.fixed_s": f"{traffic}; {hidden:.0%} of it hidden behind compute; "
+            f"{cluster.layer_launch_s:g} s of launches a layer",
+            "all_to_all.bytes_per_token": f"q, k, v and output of every layer, forward and backward, in {dtype}",
+            "all_to_all.bandwidth_bytes_per_s": "links inside the node, network cards across nodes, "
+            f"{cluster.exchange_copies:g} copies through device memory; repeated KV heads counted in",
+            "all_to_all.latency_s": f"{seconds.EXCHANGES_PER_LAYER} all-to-alls a layer",
+            "memory.memory_bytes": f"{memory_fraction:g} of the device's memory",
+            "memory.model_state_bytes": _state_field(zero_stage, dtype),
+            "memory.activation_bytes_per_token": "what each layer keeps for its backward (after arXiv 2205.05198), "
+            "and logits in fp32 with their gradient",
+            "memory.policies": "selective: norms and MLP computed again; full: whole layers computed again; "
+            "offload: activations to the host and back",
+            "optimizer_s": f"{seconds.OPTIMIZER_PASSES} fp32 numbers of each parameter of the share through memory",
+        },
+    }
+
+
+def _state_field(zero_stage: int, dtype: str) -> str:
+    if zero_stage == 3:
+        return (
+            f"{memory.STATE_BYTES} bytes a parameter over all devices, and what is gathered whole in {dtype} (ZeRO-3)"
+        )
+    return f"weights whole in {dtype}, optimizer states over all devices (ZeRO-{zero_stage})"
+
+
+def _tera(cluster: Cluster, dtype: str) -> str:
+    return f"{cluster.peak_flops_per_s[dtype] / 1e12:g}"
+
+
+def _other(dtype: str) -> str:
+    return next(name for name in DTYPES if name != dtype)

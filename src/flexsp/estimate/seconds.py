@@ -1,0 +1,97 @@
+"""The seconds of a profile, each from a model's shape and a cluster's figures.
+
+Letters: d = sp_degree, g = devices per node, n = nodes, P = parameters, N = heads, K = KV heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+from flexsp.estimate.cluster import DTYPES, Cluster
+from flexsp.estimate.shape import FP32_BYTES, ModelShape
+
+EXCHANGES_PER_LAYER = 4
+"""All-to-alls of one layer: q, k, v in one and the output in one, forward, and the same backward."""
+OPTIMIZER_PASSES = 7
+"""fp32 numbers per parameter that Adam moves: weight, gradient and moments read, weight and moments written."""
+
+
+def quadratic_s(shape: ModelShape, cluster: Cluster, dtype: str) -> float:
+    """Seconds of attention per token squared, on one device."""
+    return shape.attention_flops_per_square() / (cluster.peak_flops_per_s[dtype] * cluster.attention_efficiency)
+
+
+def linear_s(shape: ModelShape, cluster: Cluster, dtype: str) -> float:
+    """Seconds per token of everything else, on one device."""
+    return shape.linear_flops_per_token() / (cluster.peak_flops_per_s[dtype] * cluster.linear_efficiency)
+
+
+def gather_s(num_bytes: float, cluster: Cluster) -> float:
+    """Seconds of an all-gather of so many bytes to all devices, or of the reduce-scatter of as many.
+
+    Inside a node each device receives what it does not hold over its links. Across nodes each node receives what it
+    does not hold through its network cards; both run at once, so the slower one counts.
+    """
+    devices, nodes = cluster.num_devices, cluster.num_nodes
+    if devices == 1:
+        return 0.0
+    inside = min(devices, cluster.devices_per_node)
+    seconds = 0.0
+    if inside > 1:
+        rate = cluster.links_bytes_per_s(inside) * cluster.gather_link_efficiency
+        seconds = num_bytes * (inside - 1) / inside / rate
+    if nodes > 1:
+        rate = cluster.devices_per_node * cluster.nic_bytes_per_s * cluster.gather_nic_efficiency
+        seconds = max(seconds, num_bytes * (nodes - 1) / nodes / rate)
+    return seconds
+
+
+def parameter_traffic_s(
+    shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, reduce_dtype: str
+) -> tuple[float, float]:
+    """Seconds of parameters' and gradients' traffic that compute does not hide: per micro-batch, and per step.
+
+    ZeRO-3 gathers the parameters in the forward and again in the backward and reduces the gradients, for every
+    micro-batch. ZeRO-2 reduces the gradients of every micro-batch and gathers once a step; ZeRO-1 does both once.
+    """
+    gather = gather_s(shape.num_parameters * DTYPES[dtype], cluster)
+    reduce = gather_s(shape.num_parameters * DTYPES[reduce_dtype], cluster)
+    per_micro_batch = {1: 0.0, 2: reduce, 3: 2 * gather + reduce}[zero_stage]
+    per_step = {1: reduce + gather, 2: gather, 3: 0.0}[zero_stage]
+    return cluster.gather_exposed * per_micro_batch, per_step
+
+
+def optimizer_s(shape: ModelShape, cluster: Cluster, per_step_s: float) -> float:
+    """Seconds of Adam on this device's share of the parameters, and of what is gathered once a step."""
+    moved_bytes = OPTIMIZER_PASSES * FP32_BYTES * shape.num_parameters / cluster.num_devices
+    return moved_bytes / cluster.memory_bytes_per_s + per_step_s
+
+
+def kv_repetition(shape: ModelShape, degree: int) -> float:
+    """What an exchange carries over what `exchange_bytes_per_token` counts: KV heads are repeated up to lcm(K, d)."""
+    repeated = math.lcm(shape.num_kv_heads, degree)
+    return (shape.num_heads + repeated) / (shape.num_heads + shape.num_kv_heads)
+
+
+def exchange_bytes_per_s(cluster: Cluster, degree: int) -> float:
+    """Bandwidth of Ulysses' exchange at a degree, per device, of all bytes that the device holds.
+
+    Per byte, the sum of: the part for the other devices of its node over the links, the part for other nodes over the
+    network cards, and the copies that pack and unpack it.
+    """
+    if degree < 2:
+        raise ValueError(f"degree={degree} exchanges nothing; ask for 2 or more")
+    inside = min(degree, cluster.devices_per_node)
+    s_per_byte = cluster.exchange_copies / cluster.memory_bytes_per_s
+    if inside > 1:
+        links = cluster.links_bytes_per_s(inside) * cluster.exchange_link_efficiency
+        s_per_byte += (inside - 1) / degree / links
+    s_per_byte += (degree - inside) / degree / (cluster.nic_bytes_per_s * cluster.exchange_nic_efficiency)
+    return 1 / s_per_byte
+
+
+def exchange_latency_s(shape: ModelShape, cluster: Cluster, degree: int) -> float:
+    """Seconds that the exchanges of a micro-batch take beside their bytes."""
+    other_nodes = math.ceil(degree / cluster.devices_per_node) - 1
+    once = cluster.exchange_launch_s + other_nodes * cluster.exchange_node_s
+    return EXCHANGES_PER_LAYER * shape.num_layers * once

@@ -1,0 +1,1 @@
+"""From a profile and plans to times, tables and pictures; no torch."""

@@ -1,0 +1,174 @@
+"""A profile as a picture: what a token costs by length and degree, and how much of it is exchange.
+
+matplotlib is imported where it is needed, and figures are made without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexsp.profile import Profile
+from flexsp.simulate.crossovers import Cost, Crossover, cost, crossovers, longest_tokens, policies, powers_of_four
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+# A degree has one colour, line and marker in both panels. Lines and markers differ too, so that a grey print can be
+# read; their cycles have no common divisor, so no two of 36 degrees share both.
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+
+POINTS = 160
+"""Lengths on a line, evenly spaced on a logarithmic axis."""
+
+
+def save_figure(profile: Profile, path: str | Path) -> None:
+    """Draws `profile` into a PNG, SVG or PDF file, as the suffix of `path` says.
+
+    Raises:
+        ValueError: another suffix, no matplotlib, nothing to draw, or `path` cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: suffix={path.suffix!r} must be one of {', '.join(SUFFIXES)}; name the picture so")
+    picture = io.BytesIO()
+    draw(profile).savefig(picture, format=suffix[1:], dpi=130)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture.getvalue())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); give a path in a writable folder") from None
+
+
+def draw(profile: Profile) -> Figure:
+    """Time a token on the left, the share of the exchange on the right, over the length of one sequence alone.
+
+    A line ends where memory ends. Where a policy holds more, it goes on as a thin line under the one that holds most.
+
+    Raises:
+        ValueError: matplotlib is missing, or no degree holds a sequence of 2 tokens.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError as error:
+        raise ValueError(f"{error}: a picture needs matplotlib; pip install 'flexsp[plot]'") from None
+
+    if longest_tokens(profile) < 2:
+        raise ValueError(f"{profile.name}: memory holds no sequence of 2 tokens; there is no line to draw")
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    plain = crossovers(profile)
+    lengths = _lengths(profile, plain)
+    widest = policies(profile)[-1]
+    grey: dict[str, Any] = {"color": "0.3", "markeredgewidth": 2, "fillstyle": "none"}
+    keys = {"ends": Line2D([], [], ls="", marker="|", markersize=14, label="the longest that the degree holds", **grey)}
+    degrees = []
+    for index, found in enumerate(plain):
+        style = _style(index, len(plain))
+        degrees.append(Line2D([], [], label=str(found.sp_degree), **style))
+        held = _costs(profile, found.sp_degree, lengths, None)
+        beyond = [c for c in _costs(profile, found.sp_degree, lengths, widest) if c.tokens > found.capacity_tokens]
+        for axes, value in zip(panels, ("token_s", "exchange_share"), strict=True):
+            # Markers of neighbours stand apart, so that lines that lie on each other show all of theirs.
+            _line(axes, held, value, {**style, "markevery": (3 * index % 20, 20)})
+            _line(axes, beyond, value, {**style, "linewidth": 0.8, "marker": None})
+        first = found.pays_from_tokens
+        if first is not None and first > 1 and (pays := cost(profile, found.sp_degree, first)) is not None:
+            panels[0].plot(first, pays.token_s, "o", **{**grey, "color": style["color"]}, markersize=14, zorder=5)
+            label = "from here on sooner than every lower degree"
+            keys["pays"] = Line2D([], [], ls="", marker="o", markersize=13, label=label, **grey)
+        if beyond:
+            label = f"thin: under {_plain(widest or '')}"
+            keys["thin"] = Line2D([], [], color="0.3", linewidth=0.8, label=label)
+    panels[0].set(ylabel="time a token", title="Time of one sequence alone in its group")
+    _time_axis(panels[0])
+    panels[1].set(ylabel="share of the group's time", title="Share of the exchange", ylim=(-0.02, 1.02))
+    panels[1].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    for axes in panels:
+        _length_axis(axes, lengths)
+    columns = min(len(degrees), 7)
+    figure.legend(handles=degrees, title="sp_degree", loc="outside lower left", ncols=columns, handlelength=3.2)
+    figure.legend(handles=list(keys.values()), loc="outside lower right")
+    source = profile.provenance.get("source", "source not stated")
+    title = f"{' '.join(profile.name.split())} ({source})"
+    figure.suptitle("\n".join(textwrap.wrap(title, 110)), parse_math=False)
+    return figure
+
+
+def length_text(tokens: int) -> str:
+    """Tokens as on a command line: 4096 is 4K; what is no multiple of 1024 stays as it is."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def _lengths(profile: Profile, plain: Sequence[Crossover]) -> list[int]:
+    """The lengths of all lines, ascending: evenly spaced, and the last of each degree and policy."""
+    longest = longest_tokens(profile)
+    crossing = [first for found in plain if (first := found.pays_from_tokens) is not None and first > 1]
+    shortest = min(powers_of_four(profile)[0], *crossing, longest // 16) if longest >= 16 else 1
+    begin = max(4**exponent for exponent in range(20) if 4**exponent <= max(1, shortest))
+    lasts = {profile.capacity_tokens(degree, policy) for degree in profile.sp_degrees for policy in policies(profile)}
+    spaced = {int(tokens) for tokens in np.geomspace(begin, longest, POINTS)}
+    return sorted(tokens for tokens in spaced | lasts if begin <= tokens <= longest)
+
+
+def _costs(profile: Profile, degree: int, lengths: Sequence[int], policy: str | None) -> list[Cost]:
+    return [each for tokens in lengths if (each := cost(profile, degree, tokens, policy)) is not None]
+
+
+def _line(axes: Axes, costs: Sequence[Cost], value: str, style: dict[str, Any]) -> None:
+    """The line through `costs`, and a bar across its end."""
+    tokens, values = [each.tokens for each in costs], [attrgetter(value)(each) for each in costs]
+    axes.plot(tokens, values, **style)
+    axes.plot(tokens[-1:], values[-1:], "|", color=style["color"], markersize=14, markeredgewidth=2)
+
+
+def _style(index: int, count: int) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    # viridis is as dark to the eye as it is in grey; its last fifth is too light on white
+    colour = colormaps["viridis"](0.82 * index / max(1, count - 1))
+    return {
+        "color": colour, "linestyle": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 6, "linewidth": 1.7,
+    }  # fmt: skip
+
+
+def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    """A logarithmic axis of lengths with a tick at each power of four."""
+    axes.set_xscale("log", base=4)
+    ticks = [4**exponent for exponent in range(30) if lengths[0] <= 4**exponent <= lengths[-1]]
+    axes.set_xticks(ticks, [length_text(tokens) for tokens in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("length of the sequence, tokens (K = 1024)")
+    axes.grid(True, which="major", alpha=0.3)
+
+
+def _time_axis(axes: Axes) -> None:
+    """A logarithmic axis of seconds with ticks such as 20 us, or a plain one where nothing takes time."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+    seconds = [s for line in axes.lines for s in np.asarray(line.get_ydata(), dtype=float) if s > 0]
+    if not seconds:
+        return
+    axes.set_yscale("log")
+    within = (1.0, 2.0, 5.0) if max(seconds) < 300 * min(seconds) else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=within, numticks=20))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(EngFormatter(unit="s"))
+
+
+def _plain(text: str) -> str:
+    """`text` as it is in a label, where a pair of dollar signs would be a formula."""
+    return text.replace("$", r"\$")
