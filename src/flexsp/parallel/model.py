@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexsp.parallel import clock
 from flexsp.parallel.attention import NAME, REFUSED_ARGUMENTS
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -126,10 +127,11 @@ def prepare_model(
     policy = MixedPrecisionPolicy()
     if param_dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    layer_classes = set(model._no_split_modules or []) if shard_layers else set()
-    for module in list(model.modules()):
-        if type(module).__name__ in layer_classes:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    layer_classes = set(model._no_split_modules or [])
+    layers = [module for module in model.modules() if type(module).__name__ in layer_classes]
+    for layer in layers if shard_layers else []:
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    clock.install(model, layers, next(model.parameters()).device)
     model.train()
     return model

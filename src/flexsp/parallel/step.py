@@ -15,17 +15,20 @@ from flexsp.data.batch import PlannedBatch, RankMicroBatch
 from flexsp.data.packing import IGNORE_INDEX
 from flexsp.parallel.agreement import agree
 from flexsp.parallel.attention import SPContext
+from flexsp.parallel.clock import MicroBatchTime, clock_of
 from flexsp.parallel.groups import GroupPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step computed; the same on all ranks."""
+    """What a step computed; the same on all ranks but for the times."""
 
     loss: float
     """Mean over the labels of the global batch that count."""
     num_labels: int
     """How many they are."""
+    times: tuple[MicroBatchTime, ...]
+    """Of each micro-batch on this rank: the one part that differs between ranks."""
 
 
 def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> StepResult:
@@ -58,13 +61,17 @@ def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupP
     num_labels = agree(batch, sum(micro_batch.num_labels for micro_batch in own), error, groups.control)
     groups.prepare([batch.plan])
     total = torch.zeros((), dtype=torch.float64, device=_device(model))
+    clock = clock_of(model)
     for micro_batch in own:
+        clock.begin()
         loss_sum = _loss_sum(model, micro_batch, groups)
+        clock.turn()
         # FSDP2 averages gradients over the ranks; we want their sum over the labels of the global batch
         (loss_sum * (dist.get_world_size() / num_labels)).backward()
         total += loss_sum.detach()
+    times = clock.read()
     dist.all_reduce(total)
-    return StepResult(loss=total.item() / num_labels, num_labels=num_labels)
+    return StepResult(loss=total.item() / num_labels, num_labels=num_labels, times=times)
 
 
 def _read(batch: PlannedBatch) -> list[RankMicroBatch]:
@@ -95,13 +102,15 @@ def _loss_sum(model: PreTrainedModel, micro_batch: RankMicroBatch, groups: Group
         "max_length_q": micro_batch.max_seqlen,
         "max_length_k": micro_batch.max_seqlen,
     }
-    logits: Tensor = model(
+    output: Tensor = model(
         input_ids=micro_batch.input_ids.to(device, non_blocking=True),
         position_ids=micro_batch.position_ids.to(device, non_blocking=True),
         use_cache=False,
         sp_context=context,
         **row,
-    ).logits[0]
+    ).logits
+    logits = output[0]
+    clock_of(model).watch_logits(output, logits)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     labels = micro_batch.shift_labels[0].to(device, non_blocking=True)

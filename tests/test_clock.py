@@ -1,0 +1,91 @@
+"""The busy clock, in logical time in which only collectives take long: it counts exchanges and leaves gathers out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from equality_ranks import make_batch, pool
+from flexsp.parallel import forward_backward, prepare_model
+from flexsp.parallel.clock import BusyClock, clock_of
+from flexsp.plans import Group, MicroBatch, Plan
+from reference import build, small_config
+
+GATHER, EXCHANGE = 1000, 10
+"""Ticks of an FSDP2 collective and of an all-to-all; reading the clock takes none."""
+FSDP2 = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
+"""What FSDP2 calls, under the names of one version of torch or another."""
+PLAN = Plan(
+    num_devices=2,
+    micro_batches=(
+        MicroBatch(groups=(Group(ranks=(0,), sequences=(0,)), Group(ranks=(1,), sequences=(1,)))),
+        MicroBatch(groups=(Group(ranks=(0, 1), sequences=(2,)),)),
+    ),
+)
+
+
+def logical_times(**prepare) -> tuple[list[tuple[float, float]], int]:
+    """Elapsed and busy ticks of each micro-batch of PLAN, and the model's layers."""
+    ticks = [0]
+    patch = pytest.MonkeyPatch()
+
+    def taking(function, cost):
+        def call(*args, **kwargs):
+            ticks[0] += cost
+            return function(*args, **kwargs)
+
+        return call
+
+    model = prepare_model(build(small_config(), torch.float32), **prepare)
+    for name in FSDP2:
+        patch.setattr(dist, name, taking(getattr(dist, name, None), GATHER), raising=False)
+    patch.setattr(dist, "all_to_all_single", taking(dist.all_to_all_single, EXCHANGE))
+    patch.setattr(BusyClock, "_now", lambda self: float(ticks[0]))
+    try:
+        times = forward_backward(model, make_batch([20, 9, 12], PLAN, seed=0, masked=0.0), pool()).times
+    finally:
+        patch.undo()
+    return [(t.elapsed_s, t.busy_s) for t in times], model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [{}, {"shard_layers": False}, {"activation_checkpointing": True}, {"reshard_after_forward": False}],
+    ids=["layers", "one unit", "recompute", "kept"],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def test_waiting_for_gathers_is_left_out_and_exchanges_are_counted(ranks, prepare):
+    for times, num_layers in ranks(2).run(_run, prepare):
+        (elapsed_alone, busy_alone), (elapsed_shared, busy_shared) = times
+        assert elapsed_alone >= 2 * GATHER  # at least a gather and a reduction
+        assert elapsed_shared >= 2 * GATHER
+        assert busy_alone == 0
+        exchanges = 4 + 2 * bool(prepare.get("activation_checkpointing"))  # recomputed ones are work too
+        assert busy_shared == exchanges * num_layers * EXCHANGE
+
+
+def _run(prepare):
+    return logical_times(**prepare)
+
+
+def test_a_model_that_was_not_prepared_is_named():
+    with pytest.raises(ValueError, match="model=Linear has not been prepared; call prepare_model first"):
+        clock_of(torch.nn.Linear(1, 1))
+
+
+def test_work_that_nothing_ends_ends_with_the_micro_batch(monkeypatch):
+    """Frozen embeddings: no gradient reaches the first layer's input."""
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(BusyClock, "_now", lambda self: next(ticks))
+    clock, layer = BusyClock(torch.device("cpu")), torch.nn.Linear(2, 2)
+    clock.watch_input(layer)
+    clock.watch_output(layer)
+    clock.begin()  # 0
+    out = layer(torch.ones(1, 2))  # 10 to 20
+    clock.turn()
+    out.sum().backward()  # enters at 30, and nothing leaves
+    clock.begin()  # ends it at 40, begins at 50
+    first, second = clock.read()
+    assert first.busy_s == 20
+    assert second.busy_s == 0
