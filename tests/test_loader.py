@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,27 @@ def test_all_ranks_get_the_same_batches_and_plans(ranks, planner):
     results = ranks(4).run(batches_of_a_run, planner)
     assert results[0] == results[1] == results[2] == results[3]
     assert [step for step, *_ in results[0]] == [0, 1, 2, 3, 4]
+
+
+def predictions_with_a_profile_update(replan: bool) -> list[float]:
+    """By step, whether it was planned with the second profile, by whose fixed cost one knows it."""
+    first = profile(dist.get_world_size())
+    second = replace(first, compute=replace(first.compute, quadratic_s=0.0, linear_s=1e-6, fixed_s=100.0))
+    found = []
+    with loader(steps=6, plan_ahead=2) as batches:
+        for batch in batches:
+            found.append(batch.plan.predicted_s >= 100.0)
+            if batch.step == 1:
+                batches.update_profile(second, replan=replan)
+    return found
+
+
+@pytest.mark.parametrize("replan", [False, True])
+def test_another_profile_holds_for_batches_not_yet_planned_or_for_all_to_come(ranks, replan):
+    """Two batches are planned ahead of the running one: after step 1 those of steps 2 and 3."""
+    until = 2 if replan else 4
+    for found in ranks(2).run(predictions_with_a_profile_update, replan):
+        assert found == [step >= until for step in range(6)]
 
 
 def waits_with_a_slow_planner() -> list[float]:

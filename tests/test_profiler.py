@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,28 +9,20 @@ import torch.distributed as dist
 from equality_ranks import pool
 from flexsp.parallel import prepare_model
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
-from flexsp.profiler.fit import fit_nonnegative
-from flexsp.profiler.measure import exchange_bytes_per_token
+from flexsp.profiler.measure import exchange_bytes_per_token, exchange_columns
+from flexsp.profiler.memory import memory_limit
 from reference import build, small_config
-
-
-def test_fit_recovers_coefficients_and_keeps_them_from_going_below_zero():
-    features = np.array([[1, 100, 10], [1, 900, 30], [1, 50, 50], [4, 0, 1]], dtype=float)
-    truth = np.array([0.2, 3e-3, 1e-2])
-    np.testing.assert_allclose(fit_nonnegative(features, features @ truth), truth, rtol=1e-9)
-    found = fit_nonnegative(features, features @ np.array([0.2, -1e-4, 1e-2]))
-    assert (found >= 0).all()
-    assert found[1] == 0
 
 
 def test_exchanged_bytes_are_those_of_the_published_7b_profile():
     """2 MiB a token: 32 layers of 4 x 4096 half-precision numbers, forward and backward."""
     from transformers import LlamaConfig
 
-    class Model:
-        config = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
-
-    assert exchange_bytes_per_token(Model(), torch.bfloat16) == 2097152
+    config = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+    assert exchange_bytes_per_token(config, torch.bfloat16) == 2097152
+    # four KV heads are repeated to eight at degree 8: queries, twice eight heads of keys and values, and the output
+    config = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=4)
+    assert exchange_columns(config, 8) == (4096 + 2 * 8 * 128, 4096)
 
 
 def measured(folder: str) -> tuple[dict, dict]:
@@ -52,8 +43,12 @@ def measured(folder: str) -> tuple[dict, dict]:
     for name, p in model.named_parameters():
         assert p.grad is None
         assert torch.equal(p, before[name])
-    with pytest.raises(ValueError, match="max_tokens_per_rank is not set: a CPU has no memory limit"):
-        measure_profile(model, pool(), sp_degrees=degrees)
+    own = measure_profile(model, pool(), sp_degrees=degrees, memory_fraction=0.5)
+    assert own.memory.memory_bytes + own.provenance["margin_bytes"] == pytest.approx(
+        memory_limit(torch.device("cpu"), 0.5, world_size)[0], rel=1e-6
+    )
+    with pytest.raises(ValueError, match=r"memory_bytes=.* is not above model_state_bytes=.*: nothing is left"):
+        measure_profile(model, pool(), sp_degrees=degrees, memory_fraction=1e-3)
     with pytest.raises(ValueError, match="sp_degree=3 cannot be served"):
         measure_profile(model, pool(), sp_degrees=[1, 3], max_tokens_per_rank=64)
     return first.to_json(), {"path": str(path)}
@@ -69,6 +64,15 @@ def test_a_measured_profile_is_complete_saved_and_reused(ranks, world_size, tmp_
     assert document["compute"]["fixed_s"] > 0
     memory = document["memory"]
     assert (memory["memory_bytes"] - memory["model_state_bytes"]) / memory["activation_bytes_per_token"] == 64
+    assert document["optimizer_s"] > 0
+    fit, points = document["provenance"]["fit"], document["provenance"]["points"]
+    assert fit["held_out"] == 6
+    assert fit["points"] == len(points)
+    assert {point["degree"] for point in points} == set(document["sp_degrees"])
+    places = {1: set(), 2: {"0-1", "2-3"}, 4: {"0-3"}} if world_size == 4 else {2: {"0-1"}}
+    assert {int(d): set(by) for d, by in document["provenance"]["exchange_bytes_per_s"].items()} == {
+        d: place for d, place in places.items() if place
+    }
     assert document["provenance"]["source"] == "measured"
     assert "max_tokens_per_rank=64" in document["provenance"]["memory_limit"]
 

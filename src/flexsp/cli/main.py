@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 import flexsp
-from flexsp.cli import check, estimate, plan, show, train
+from flexsp.cli import check, estimate, plan, profile, show, train
 
-COMMANDS = (plan, check, estimate, show, train)
+COMMANDS = (plan, check, estimate, profile, show, train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{error}: training needs torch and transformers; pip install 'flexsp[train]'") from None
     from flexsp.parallel import PlanMismatchError, RankError
     from flexsp.planner.service import PlannerError
-    from flexsp.train.ranks import first_to_say
+    from flexsp.train.out_of_memory import OutOfMemoryError
+    from flexsp.train.ranks import failure_explained, failure_of_another, first_to_say
     from flexsp.train.run import run_from_config
 
     try:
@@ -32,7 +33,15 @@ def run(arguments: argparse.Namespace) -> int:
         if first_to_say(str(error)):
             raise
         return 2
+    except OutOfMemoryError as error:  # of this rank alone
+        print(f"flexsp train: {error}", file=sys.stderr, flush=True)
+        failure_explained()
+        return 1
     except (PlanMismatchError, PlannerError, RankError) as error:
         if first_to_say(str(error)):
             print(f"flexsp train: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError:  # a collective that failed because another rank has ended: that one has said why
+        if not failure_of_another():
+            raise
         return 1

@@ -85,6 +85,9 @@ class PlannedLoader:
         self._sequences, self._profile, self._control = sequences, profile, control
         self._batch_size, self._steps, self._seed, self._plan_ahead = batch_size, steps, seed, plan_ahead
         self._submitted = 0
+        self._next = 0
+        self._stale = 0  # plans under way that nobody wants any more
+        self._planned_with: dict[int, Profile] = {}  # by step, for those submitted and not yet fetched
         self._service = PlanService(profile, planner, options or {}) if dist.get_rank() == 0 else None
         self._submit(plan_ahead)
 
@@ -119,21 +122,39 @@ class PlannedLoader:
             source=self._sequences,
         )
 
+    def update_profile(self, profile: Profile, replan: bool = False) -> None:
+        """Steps not yet handed to the planner are planned with this profile. On all ranks, after the same step.
+
+        Args:
+            profile: of as many devices.
+            replan: give up the plans made ahead, which may hold more than memory now allows.
+        """
+        self._profile = profile
+        if replan:
+            self._stale += self._submitted - self._next
+            self._submitted = self._next
+        if self._service is not None:
+            self._service.update(profile)
+
     def _submit(self, until: int) -> None:
-        if self._service is None:
-            return
         while self._submitted < min(until, self._steps):
-            self._service.submit(self._sequences.lengths[self.sequence_ids(self._submitted)])
+            if self._service is not None:
+                self._service.submit(self._sequences.lengths[self.sequence_ids(self._submitted)])
+            self._planned_with[self._submitted] = self._profile
             self._submitted += 1
 
     def _batch(self, step: int) -> PlannedBatch:
         answer: list[Any] = [None]
+        self._submit(step + 1 + self._plan_ahead)
+        self._next = step + 1
         if self._service is not None:
-            self._submit(step + 1 + self._plan_ahead)
             try:
+                for _ in range(self._stale):
+                    self._service.result()
                 answer = [self._service.result()]
             except PlannerError as error:  # sent on, so that it ends all ranks and not this one alone
                 answer = [error]
+        self._stale = 0
         dist.broadcast_object_list(answer, src=0, group=self._control)
         if isinstance(answer[0], PlannerError):
             raise PlannerError(f"step {step}: {answer[0]}")
@@ -142,7 +163,7 @@ class PlannedLoader:
         batch = self.unplanned(step)
         if not plan.has_plan:
             raise ValueError(f"step {step}: no plan: {plan.reason}")
-        if faults := violations(plan, batch.lengths, self._profile):
+        if faults := violations(plan, batch.lengths, self._planned_with.pop(step)):
             raise ValueError(f"step {step}: the plan is illegal in {len(faults)} ways, the first is: {faults[0]}")
         if plan_wait_s and dist.get_rank() == 0:
             why = (

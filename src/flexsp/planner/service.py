@@ -2,7 +2,7 @@
 
 The parent holds a `PlanService`; the child is `python -m flexsp.planner.service`, which needs no torch. They talk in
 JSON lines over the child's standard input and output: first the profile, planner and options, then one batch of
-lengths per line down, one plan per line up, in order.
+lengths per line down, one plan per line up, in order. A line down may also be another profile, for what follows it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class PlanService:
     def submit(self, lengths: LengthArray) -> None:
         """Hands over one batch of (K,) lengths in tokens."""
         self._send({"lengths": lengths.tolist()})
+
+    def update(self, profile: Profile) -> None:
+        """Batches submitted from now on are planned with this profile."""
+        self._send({"profile": profile.to_json()})
 
     def result(self, timeout_s: float | None = None) -> tuple[Plan, float]:
         """The plan of the earliest batch not yet fetched, and the seconds waited for it: nil where it was there.
@@ -119,9 +123,12 @@ def serve() -> None:
     sys.path[:] = setup["path"]
     profile = Profile.from_json(setup["profile"])
     for line in sys.stdin:
-        lengths = json.loads(line)["lengths"]
+        message = json.loads(line)
+        if "profile" in message:
+            profile = Profile.from_json(message["profile"])
+            continue
         try:
-            answer = plan(lengths, profile, setup["planner"], **setup["options"]).to_json()
+            answer = plan(message["lengths"], profile, setup["planner"], **setup["options"]).to_json()
         except Exception as error:  # whatever a planner raises is the parent's to report
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

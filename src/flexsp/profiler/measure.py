@@ -1,11 +1,10 @@
-"""A profile of the model and ranks at hand, measured through the real executor with all ranks busy.
+"""A profile of a prepared model on the ranks at hand, measured through the real executor with all ranks busy.
 
-1. Time micro-batches of one degree on all ranks: several mixes of tokens and lengths at degree 1, which give
-   quadratic_s, linear_s and fixed_s; two sizes at every other degree, of which what those do not explain is the
-   exchange: bandwidth and latency.
-2. Measure activation bytes per token: on CUDA from the allocator's peak, on the CPU from what autograd saves.
+1. Time rows of like sequences at every degree (`points`), and every degree's exchange by itself, by placement.
+2. Fit the cost model to all of them at once (`fit`), and try it on mixed micro-batches that the fit has not seen.
+3. Time the optimizer's step; measure the peak bytes of rows of several sizes (`memory`).
 
-It takes about `12 + 6 * degrees` steps of at most `probe_tokens` tokens a rank.
+`layers` does the same with few layers of a model that is not at hand.
 """
 
 from __future__ import annotations
@@ -17,48 +16,66 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import flexsp
-from flexsp.data.batch import IntArray, PlannedBatch
-from flexsp.parallel import GroupPool, check_degrees, forward_backward
-from flexsp.plans import Group, MicroBatch, Plan
+from flexsp.parallel import GroupPool, check_degrees
 from flexsp.profile import AllToAll, Compute, Memory, Profile
-from flexsp.profiler.fit import fit_nonnegative
-from flexsp.profiler.memory import activation_bytes, model_state_bytes
+from flexsp.profiler.fit import Fit
+from flexsp.profiler.memory import LEAST_MARGIN, OPTIMIZER_COPIES, PeakFit, memory_limit, peak_fit, shard_bytes
+from flexsp.profiler.points import Layout, Part, Point, fit_points, held_out_layouts
+from flexsp.profiler.probe import Probe, Reading, Track, silent
 
 log = logging.getLogger(__name__)
 
-REPEATS = 3
-"""Timings per point, of which the median counts."""
 PROBE_TOKENS = 2048
 """Tokens of a rank in the largest timed micro-batch, where its memory holds as many."""
-SLOWEST_EXCHANGE_SHARE = 1e-4
-"""Where an exchange is too fast to be told from noise, it is taken as this share of its degree's compute."""
+HELD_OUT = 6
+"""Mixed micro-batches on which the fit is tried."""
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One timed layout: every group of `degree` holds sequences of these lengths, in `count` micro-batches."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """All that was measured, before it becomes a profile. Bytes are of one rank of the whole model."""
 
-    degree: int
-    lengths: tuple[int, ...]
-    count: int = 1
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    """What is computed in."""
+    readings: list[Reading]
+    fit: Fit
+    layers: int
+    """What the fit is to be taken for: the model's layers, or 1 where the readings are of the whole model."""
+    exchange_bytes_per_s: Mapping[int, Mapping[str, float]]
+    """By degree and placement: what one group's exchange by itself reached a device."""
+    held_out: list[float]
+    """Predicted over measured seconds, less 1, of micro-batches that the fit has not seen."""
+    optimizer_s: float
+    state_bytes: float
+    activation_bytes_per_token: float
+    residual_bytes: float
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries of the provenance."""
 
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
 
-    @property
-    def squares(self) -> int:
-        return sum(s * s for s in self.lengths)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a rank may hold."""
+
+    max_tokens_per_rank: int | None
+    """An artificial limit."""
+    fraction: float
+    """Of its own memory, where there is none."""
+
+    def room_bytes(self, device: torch.device) -> float | None:
+        """None under an artificial limit."""
+        return None if self.max_tokens_per_rank else float(memory_limit(device, self.fraction, ranks_per_node())[0])
 
 
 def measure_profile(
@@ -69,70 +86,138 @@ def measure_profile(
     max_tokens_per_rank: int | None = None,
     memory_fraction: float = 0.9,
     param_dtype: torch.dtype | None = None,
+    track: Track = silent,
 ) -> Profile:
     """Measures the profile of a prepared model. A collective; every rank gets the same profile.
 
     Args:
-        model: from `prepare_model`; its gradients are cleared.
+        model: from `prepare_model`; its gradients are cleared, its weights untouched.
         groups: the pool.
         sp_degrees: degrees to measure.
-        max_tokens_per_rank: an artificial memory limit; needed on the CPU.
-        memory_fraction: of a CUDA device's memory that a plan may fill, where there is no such limit.
+        max_tokens_per_rank: an artificial memory limit.
+        memory_fraction: of the memory of a device (a CPU: of the process's limit or its share of the machine's) that a
+            plan may fill, where there is no artificial limit.
         param_dtype: what the model computes in, where that is not the type of its parameters.
+        track: shows progress.
 
     Raises:
-        ValueError: a degree that the heads cannot serve, or no memory limit on the CPU.
+        ValueError: a degree that the heads cannot serve, or no memory left for activations.
     """
-    world_size = dist.get_world_size()
-    device = next(model.parameters()).device
-    check_degrees(sp_degrees, model.config, world_size)
-    if max_tokens_per_rank is None and device.type == "cpu":
-        raise ValueError("max_tokens_per_rank is not set: a CPU has no memory limit of its own; give one in tokens")
+    check_degrees(sp_degrees, model.config, dist.get_world_size())
     began = time.perf_counter()
-    probe = _Probe(model, groups)
+    dtype = param_dtype or next(model.parameters()).dtype
     tokens = min(PROBE_TOKENS, max_tokens_per_rank or PROBE_TOKENS)
+    probe = Probe(model, groups, Part(layers=model.config.get_text_config().num_hidden_layers, head=1.0, whole=True))
+    limit = Limit(max_tokens_per_rank=max_tokens_per_rank, fraction=memory_fraction)
+    layouts = held_out_layouts(tokens, sp_degrees, probe.world_size, HELD_OUT)
+    readings, tried = read_points(probe, fit_points(tokens, sp_degrees), layouts, track)
+    alone = exchange_alone(probe, tokens, sp_degrees, dtype)
+    fit = Fit(readings, sp_degrees, {d: max(by.values()) / (tokens * d) for d, by in alone.items()})
+    peaks = measured_peaks(probe, tokens, limit.room_bytes(probe.device))
+    measured = Measured(
+        config=model.config,
+        dtype=dtype,
+        readings=readings,
+        fit=fit,
+        layers=1,
+        exchange_bytes_per_s=alone_bytes_per_s(alone, tokens, model.config, dtype),
+        held_out=[fit.for_part(probe.part).layout_s(layout) / seconds - 1.0 for layout, seconds in tried],
+        optimizer_s=probe.optimizer_s(),
+        state_bytes=peaks.at_rest_bytes + OPTIMIZER_COPIES * shard_bytes(model),
+        activation_bytes_per_token=peaks.bytes_per_token,
+        residual_bytes=peaks.residual_bytes,
+    )
+    return from_first_rank(lambda: make_profile(measured, sp_degrees, probe.device, limit, began), groups)
 
-    ones = _compute_points(tokens)
-    seconds = [probe.seconds(point) for point in ones]
-    features = np.array([[point.count, point.squares, point.tokens] for point in ones], dtype=np.float64)
-    fixed_s, quadratic_s, linear_s = (float(c) for c in fit_nonnegative(features, np.array(seconds)))
 
-    bytes_per_token = exchange_bytes_per_token(model, param_dtype or next(model.parameters()).dtype)
-    bandwidths: dict[int, float] = {}
-    latencies: dict[int, float] = {}
-    for degree in (d for d in sp_degrees if d > 1):
-        points = _exchange_points(tokens, degree)
-        explained = [fixed_s + (quadratic_s * p.squares + linear_s * p.tokens) / degree for p in points]
-        left_s = [max(0.0, probe.seconds(p) - e) for p, e in zip(points, explained, strict=True)]
-        slope_s, latencies[degree] = _line([p.tokens for p in points], left_s)
-        slope_s = max(slope_s, SLOWEST_EXCHANGE_SHARE * explained[0] / points[0].tokens)
-        bandwidths[degree] = bytes_per_token / (degree * slope_s)
+def read_points(
+    probe: Probe, points: Sequence[Point], layouts: Sequence[Layout], track: Track, what: str = "measuring"
+) -> tuple[list[Reading], list[tuple[Layout, float]]]:
+    """Times points, and mixed micro-batches for trying the fit on: those with their seconds."""
+    readings: list[Reading] = []
+    tried: list[tuple[Layout, float]] = []
+    for item, say in track([*points, *layouts], what):
+        if isinstance(item, Point):
+            readings.append(probe.read(item))
+            row = f"sp_degree {item.degree}, {item.count} x {len(item.lengths)} of {item.lengths[0]:,} tokens"
+            say(f"{row}: {readings[-1].seconds:.4f} s")
+        else:
+            tried.append((item, statistics.median(probe.times([item]))))
+            say(f"mixed, held out: {tried[-1][1]:.4f} s")
+    return readings, tried
 
-    state_bytes = model_state_bytes(model)
-    per_token, at_rest = activation_bytes(lambda n: probe.once(Point(1, (n,))), tokens, device)
-    if max_tokens_per_rank is not None:
-        memory_bytes: float = state_bytes + math.ceil(per_token) * max_tokens_per_rank
-        limit = f"artificial: max_tokens_per_rank={max_tokens_per_rank}"
-    else:
-        state_bytes = max(state_bytes, at_rest)
-        memory_bytes = int(torch.cuda.get_device_properties(device).total_memory * memory_fraction)
-        limit = f"memory_fraction={memory_fraction} of the device"
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    profile = Profile(
-        name=f"{model.config.model_type} on {world_size} x {device_name(device)}",
+
+def exchange_alone(
+    probe: Probe, tokens: int, degrees: Sequence[int], dtype: torch.dtype
+) -> dict[int, dict[str, float]]:
+    """Seconds of one layer's exchanges of rows of so many tokens a rank, by degree and placement."""
+    config = probe.model.config
+    return {d: probe.exchange_s(d, tokens, exchange_columns(config, d), dtype) for d in degrees if d > 1}
+
+
+def alone_bytes_per_s(
+    alone: Mapping[int, Mapping[str, float]], tokens: int, config: PreTrainedConfig, dtype: torch.dtype
+) -> dict[int, dict[str, float]]:
+    """The same as bytes a second and device."""
+    layer_bytes = exchange_bytes_per_token(config, dtype) / config.get_text_config().num_hidden_layers
+    return {d: {place: layer_bytes * tokens / s for place, s in by.items()} for d, by in alone.items()}
+
+
+def measured_peaks(probe: Probe, tokens: int, room_bytes: float | None) -> PeakFit:
+    """The peaks of rows of up to `tokens`, and of four times as many where they fit into half of `room_bytes`."""
+    sizes = [max(1, tokens // 4), max(2, tokens)]
+    if room_bytes is not None:
+        sizes += [2 * tokens, 4 * tokens]
+    own = peak_fit(probe.run, sizes, probe.device, (room_bytes or 0.0) / 2, probe.largest)
+    return PeakFit(
+        bytes_per_token=probe.largest(own.bytes_per_token),
+        at_rest_bytes=probe.largest(own.at_rest_bytes),
+        residual_bytes=probe.largest(own.residual_bytes),
+    )
+
+
+def make_profile(
+    measured: Measured, degrees: Sequence[int], device: torch.device, limit: Limit, began: float
+) -> Profile:
+    """The profile of what was measured; `began`: `time.perf_counter()` at the start."""
+    world_size, per_node = dist.get_world_size(), ranks_per_node()
+    per_token, state_bytes = math.ceil(measured.activation_bytes_per_token), math.ceil(measured.state_bytes)
+    limit_bytes, said = memory_limit(device, limit.fraction, per_node)
+    margin_bytes = max(2.0 * measured.residual_bytes, LEAST_MARGIN * limit_bytes)
+    memory_bytes = limit_bytes - margin_bytes
+    artificial = {}
+    if limit.max_tokens_per_rank is not None:
+        memory_bytes, margin_bytes = float(state_bytes + per_token * limit.max_tokens_per_rank), 0.0
+        artificial = {"max_tokens_per_rank": limit.max_tokens_per_rank}
+        said = f"artificial: max_tokens_per_rank={limit.max_tokens_per_rank}"
+    elif memory_bytes <= state_bytes:
+        raise ValueError(
+            f"memory_bytes={int(memory_bytes)} ({said}, less a margin) is not above model_state_bytes={state_bytes}: "
+            f"nothing is left for activations; use more devices or devices of more memory"
+        )
+    c = measured.fit.for_layers(measured.layers)
+    bytes_per_token = exchange_bytes_per_token(measured.config, measured.dtype)
+    errors = [abs(error) for error in measured.held_out]
+    residuals = measured.fit.residuals()
+    return Profile(
+        name=f"{measured.config.model_type} on {world_size} x {device_name(device)}",
         num_devices=world_size,
         devices_per_node=min(per_node, world_size),
-        sp_degrees=tuple(sp_degrees),
-        compute=Compute(quadratic_s=quadratic_s, linear_s=linear_s, fixed_s=fixed_s),
+        sp_degrees=tuple(degrees),
+        compute=Compute(quadratic_s=c.quadratic_s, linear_s=c.linear_s, fixed_s=c.fixed_s),
         all_to_all=AllToAll(
-            bytes_per_token=bytes_per_token, bandwidth_bytes_per_s=bandwidths, latency_s=latencies
+            bytes_per_token=bytes_per_token,
+            bandwidth_bytes_per_s={d: bytes_per_token / (d * max(s, 1e-15)) for d, s in c.exchange_s.items()},
+            latency_s=dict(c.latency_s),
         ),
         memory=Memory(
-            memory_bytes=memory_bytes,
+            memory_bytes=int(memory_bytes),
             model_state_bytes=state_bytes,
-            activation_bytes_per_token=math.ceil(per_token),
+            activation_bytes_per_token=per_token,
             policies={},
         ),
+        optimizer_s=measured.optimizer_s,
+        tables=measured.fit.tables(measured.layers),
         provenance={
             "source": "measured",
             "device": device_name(device),
@@ -143,15 +228,34 @@ def measure_profile(
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
-            "memory_limit": limit,
+            "memory_limit": said,
+            **artificial,
+            "margin_bytes": int(margin_bytes),
             "measured_in_s": round(time.perf_counter() - began, 1),
+            "fit": {
+                "points": len(residuals),
+                "residual_median": statistics.median(map(abs, residuals)),
+                "residual_worst": max(map(abs, residuals)),
+                "held_out": len(errors),
+                "held_out_median": statistics.median(errors),
+                "held_out_worst": max(errors),
+            },
+            "exchange_bytes_per_s": {str(d): dict(by) for d, by in measured.exchange_bytes_per_s.items()},
+            **measured.notes,
             "points": [
-                {"degree": p.degree, "lengths": list(p.lengths), "micro_batches": p.count, "seconds": s}
-                for p, s in probe.measured.items()
+                {
+                    "layers": r.part.layers, "head": r.part.head, "degree": r.point.degree,
+                    "lengths": list(r.point.lengths), "micro_batches": r.point.count, "seconds": r.seconds,
+                    "spread": round(r.spread, 3), "residual": round(residual, 4),
+                }
+                for r, residual in zip(measured.readings, residuals, strict=True)
             ],
         },
     )  # fmt: skip
-    return _same_on_all_ranks(profile, groups)
+
+
+def ranks_per_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
 
 
 def device_name(device: torch.device) -> str:
@@ -161,111 +265,44 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU rank, {os.cpu_count()} cores a machine"
 
 
-def exchange_bytes_per_token(model: PreTrainedModel, dtype: torch.dtype) -> int:
+def exchange_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes that a token moves through the exchanges of forward and backward: q, k, v and the output, both ways.
 
     KV heads count as the model has them: what a degree repeats of them is in its effective bandwidth.
     """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int((2 * heads + 2 * kv_heads) * head_dim * dtype.itemsize * config.num_hidden_layers * 2)
+    queries, kv = _widths(config)
+    return int((2 * queries + 2 * kv) * dtype.itemsize * config.get_text_config().num_hidden_layers * 2)
 
 
-def _compute_points(tokens: int) -> list[Point]:
-    """Mixes that tell the three terms of compute apart: long, short, half as many, hardly any."""
-    short = max(1, tokens // 16)
-    return [
-        Point(1, (tokens,)),
-        Point(1, (tokens // 2, tokens // 2)),
-        Point(1, (short,) * 16),
-        Point(1, (short,) * 8),
-        Point(1, (1,), count=4),
-    ]
-
-
-def _exchange_points(tokens: int, degree: int) -> list[Point]:
-    """Short sequences, so that the exchange weighs as much as it can beside the compute."""
-    short = max(1, tokens // 16)
-    return [Point(degree, (short,) * (8 * degree)), Point(degree, (short,) * (2 * degree))]
-
-
-def _line(tokens: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """Slope and intercept, both >= 0, through two points given by descending tokens."""
-    slope = max(0.0, (seconds[0] - seconds[1]) / (tokens[0] - tokens[1]))
-    intercept = seconds[0] - slope * tokens[0]
-    if intercept < 0:
-        return seconds[0] / tokens[0], 0.0
-    return slope, intercept
-
-
-class _Probe:
-    """Runs layouts on random tokens through the executor and keeps their times."""
-
-    def __init__(self, model: PreTrainedModel, groups: GroupPool) -> None:
-        self.model, self.groups = model, groups
-        self.measured: dict[Point, float] = {}
-
-    def seconds(self, point: Point) -> float:
-        """Median seconds of the slowest rank, after a warm-up."""
-        self.once(point)
-        self.measured[point] = statistics.median(self.once(point) for _ in range(REPEATS))
-        log.info("measured sp_degree %d, %d tokens a group: %.3f s", point.degree, point.tokens, self.measured[point])
-        return self.measured[point]
-
-    def once(self, point: Point) -> float:
-        batch = _batch(point, dist.get_world_size(), self.model.config.get_text_config().vocab_size)
-        return timed_step(self.model, batch, self.groups)
-
-
-def timed_step(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> float:
-    """Seconds of forward and backward of one batch, of the slowest rank; gradients are cleared, weights untouched."""
-    device = next(model.parameters()).device
-    model.zero_grad()
-    groups.prepare([batch.plan])
-    dist.barrier(group=groups.control)
-    began = time.perf_counter()
-    forward_backward(model, batch, groups)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=groups.control)
-    model.zero_grad()
-    return seconds.item()
-
-
-class _RandomTokens:
-    """A SequenceSource of random tokens; every one has a label, so that a row of one token has something to learn."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def read(self, sequence: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
-        tokens = np.random.default_rng([sequence, start]).integers(0, self.vocab_size, stop - start)
-        return tokens, tokens
-
-
-def _batch(point: Point, world_size: int, vocab_size: int) -> PlannedBatch:
-    """As many groups of the point's degree as there is room for, alike."""
-    micro_batches, num_sequences = [], 0
-    for _ in range(point.count):
-        built = []
-        for start in range(0, world_size - point.degree + 1, point.degree):
-            ids = tuple(range(num_sequences, num_sequences + len(point.lengths)))
-            built.append(Group(ranks=tuple(range(start, start + point.degree)), sequences=ids))
-            num_sequences += len(ids)
-        micro_batches.append(MicroBatch(groups=tuple(built)))
-    return PlannedBatch(
-        step=0,
-        sequence_ids=np.arange(num_sequences),
-        lengths=np.array(point.lengths * (num_sequences // len(point.lengths)), dtype=np.int64),
-        plan=Plan(num_devices=world_size, micro_batches=tuple(micro_batches)),
-        source=_RandomTokens(vocab_size),
+def exchange_columns(config: PreTrainedConfig, degree: int) -> tuple[int, int]:
+    """Numbers that a token sends at a degree: queries, keys and values (KV heads repeated), and the output."""
+    queries, kv = _widths(config)
+    heads = (
+        getattr(config.get_text_config(), "num_key_value_heads", None) or config.get_text_config().num_attention_heads
     )
+    repeats = math.lcm(heads, degree) // heads
+    return queries + 2 * kv * repeats, queries
 
 
-def _same_on_all_ranks(profile: Profile, groups: GroupPool) -> Profile:
-    held = [profile]
+def _widths(config: PreTrainedConfig) -> tuple[int, int]:
+    """Numbers of a token's queries, and of its keys."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return heads * head_dim, kv_heads * head_dim
+
+
+def from_first_rank(make: Callable[[], Profile], groups: GroupPool) -> Profile:
+    """The profile that rank 0 makes, or its error, on all ranks."""
+    held: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            held[0] = make()
+        except ValueError as error:
+            held[0] = error
     dist.broadcast_object_list(held, src=0, group=groups.control)
+    if isinstance(held[0], ValueError):
+        raise held[0]
+    assert isinstance(held[0], Profile)
     return held[0]

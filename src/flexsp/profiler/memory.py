@@ -1,54 +1,140 @@
-"""What a rank holds: model states, and activations per token."""
+"""What a rank holds and what it may hold: from the allocator on CUDA, from the resident set of the process on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import os
+import re
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 OPTIMIZER_COPIES = 2
 """States per parameter of Adam and AdamW; plain SGD has none, and then this much room is left unused."""
+LEAST_MARGIN = 0.01
+"""Share of the limit that is left free however well the fit explains the peaks."""
 
 
-def model_state_bytes(model: torch.nn.Module) -> int:
-    """Bytes on this rank of its shards of parameters, gradients and optimizer state."""
-    own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return sum(p.numel() * p.element_size() for p in own) * (2 + OPTIMIZER_COPIES)
+class PeakMeter:
+    """The most bytes that this rank has held since `reset`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def reset(self, trim: bool = False) -> None:
+        """From now on. `trim`: on a CPU, first hand back what the C library keeps of freed memory; that takes time."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        if trim:
+            _trim()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew (Linux)
+        except OSError:  # then the mark only rises: the peak of the whole run, never too small
+            pass
+
+    def peak_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return _status_bytes("VmHWM") or _own_peak_bytes()
 
 
-def activation_bytes(run: Callable[[int], object], tokens: int, device: torch.device) -> tuple[float, int]:
-    """Bytes per token that a rank holds between forward and backward, from two sizes of micro-batch.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeakFit:
+    """Peak bytes of a rank as a line over its tokens."""
 
-    On CUDA the allocator's peak, with everything that is held on the way; on the CPU, which has no such count, the
-    tensors that autograd saves.
+    bytes_per_token: float
+    at_rest_bytes: float
+    """Held whatever the tokens: process, parameters, gradients, what is gathered."""
+    residual_bytes: float
+    """The most that a measured peak was above the line."""
+
+
+def peak_fit(
+    run: Callable[[int], object],
+    sizes: Sequence[int],
+    device: torch.device,
+    room_bytes: float,
+    largest: Callable[[float], float],
+) -> PeakFit:
+    """Measures the peaks of rows of these sizes, ascending.
+
+    On a CPU no less is taken a token than what autograd saves, since a small row's peak can drown in what the process
+    had allocated before.
 
     Args:
-        run: forward and backward of a micro-batch of so many tokens on every rank.
-        tokens: the larger size.
+        run: forward and backward of a row of so many tokens on every rank.
+        sizes: tokens, ascending, at least two. From the third on, those whose peak would exceed `room_bytes` are left
+            out.
         device: of the model.
-
-    Returns:
-        Bytes per token, and the bytes held whatever the tokens.
+        room_bytes: what the ranks may hold.
+        largest: the largest of what all ranks say, so that all leave out the same sizes.
     """
-    sizes = tokens, max(1, tokens // 2)
-    measure = _peak_bytes if device.type == "cuda" else _saved_bytes
-    large, small = (measure(run, size, device) for size in sizes)
-    if sizes[0] == sizes[1]:
-        return float(max(1, large)), 0
-    per_token = max(1.0, (large - small) / (sizes[0] - sizes[1]))
-    return per_token, max(0, int(large - per_token * sizes[0]))
+    meter = PeakMeter(device)
+    run(sizes[0])  # kernels and libraries allocate workspaces at their first call
+    peaks: list[float] = []
+    line = np.zeros(2)
+    meter.reset(trim=True)
+    for at, size in enumerate(sizes):
+        if at >= 2 and largest(float(np.polyval(line, size))) > room_bytes:
+            break
+        meter.reset()
+        run(size)
+        peaks.append(meter.peak_bytes())
+        if at:
+            line = np.polyfit(sizes[: at + 1], peaks, 1)
+    measured = sizes[: len(peaks)]
+    slope, at_rest = (float(c) for c in line)
+    if device.type == "cpu":
+        small, large = (_saved_bytes(run, size) for size in measured[:2])
+        slope = max(slope, (large - small) / (measured[1] - measured[0]))
+    slope = max(slope, 1.0)
+    at_rest = max(0.0, min(at_rest, peaks[-1] - slope * measured[-1]))
+    return PeakFit(
+        bytes_per_token=slope,
+        at_rest_bytes=at_rest,
+        residual_bytes=max(0.0, *(peak - at_rest - slope * size for peak, size in zip(peaks, measured, strict=True))),
+    )
 
 
-def _peak_bytes(run: Callable[[int], object], tokens: int, device: torch.device) -> int:
-    run(tokens)  # kernels allocate workspaces at their first call
-    torch.cuda.reset_peak_memory_stats(device)
-    run(tokens)
-    return torch.cuda.max_memory_allocated(device)
+def shard_bytes(model: torch.nn.Module) -> int:
+    """Bytes of this rank's shards of the parameters."""
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(p.numel() * p.element_size() for p in own)
 
 
-def _saved_bytes(run: Callable[[int], object], tokens: int, device: torch.device) -> int:
+def memory_limit(device: torch.device, fraction: float, local_world_size: int) -> tuple[int, str]:
+    """Bytes that a rank may hold as `PeakMeter` counts, and where the limit comes from.
+
+    On CUDA `fraction` of the device's memory. On a CPU `fraction` of the process's own limit (RLIMIT_DATA, as
+    `ulimit -d` sets it) or of its share of the machine's (of its control group's, where that is less), whichever is
+    less.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return int(total * fraction), f"{fraction} of the device's {total} bytes"
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.exists() and (text := group.read_text().strip()).isdigit():
+        machine = min(machine, int(text))
+    limit, said = machine // local_world_size, f"{fraction} of the machine's {machine} bytes over its ranks"
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft != resource.RLIM_INFINITY:
+        held = _status_bytes("VmRSS") + soft - _status_bytes("VmData")  # the limit counts what is not resident too
+        if held < limit:
+            limit, said = held, f"{fraction} of the process's limit of {soft} bytes of data"
+    return int(limit * fraction), said
+
+
+def _saved_bytes(run: Callable[[int], object], tokens: int) -> int:
+    """What autograd holds between forward and backward of a row."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -60,3 +146,24 @@ def _saved_bytes(run: Callable[[int], object], tokens: int, device: torch.device
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run(tokens)
     return sum(storages.values())
+
+
+def _status_bytes(field: str) -> int:
+    """A line of Linux's account of this process; 0 on other systems."""
+    try:
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return 0
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def _own_peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _trim() -> None:
+    """Hands what the C library keeps of freed memory back to the system, so that it does not count."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from flexsp.planner.static import static_degree
 from flexsp.profile import Profile
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
 from flexsp.train.config import Config, ModelConfig, TrainConfig
+from flexsp.train.display import Display
 
 log = logging.getLogger(__name__)
 
@@ -123,47 +125,61 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def build_profile(config: Config, model: PreTrainedModel, groups: GroupPool) -> Profile:
+def build_profile(config: Config, model: PreTrainedModel, groups: GroupPool, display: Display) -> Profile:
     """The profile that the configuration names, or the one of this machine.
 
     Raises:
-        ValueError: it is of another number of devices, lists degrees that the heads cannot serve, or holds no sequence
-            of the context limit.
+        ValueError: it lists degrees that the heads cannot serve.
     """
     planner, world_size = config.planner, dist.get_world_size()
     if planner.profile:
         profile = Profile.load(planner.profile)
         if profile.num_devices != world_size:
-            raise ValueError(
-                f"{planner.profile}: num_devices={profile.num_devices} is not world_size={world_size}; use a profile "
-                f"of {world_size} devices, or leave planner.profile empty to measure one"
-            )
+            profile = profile.for_devices(world_size)
+            log.info("profile: %s: %s", planner.profile, profile.provenance["assumptions"][-1])
         check_degrees(profile.sp_degrees, model.config, world_size)
+        if profile.memory.policies:
+            names = ", ".join(profile.memory.policies)
+            log.info("profile: %s: policies %s are left out: micro-batches do not run them yet", planner.profile, names)
+            profile = replace(profile, memory=replace(profile.memory, policies={}))
     else:
-        profile = _measured_profile(config, model, groups)
-    limit = profile.capacity_tokens(1)
-    artificial = " (artificial: planner.max_tokens_per_rank)" if planner.max_tokens_per_rank else ""
-    forced = static_degree(profile, config.data.max_length)
-    log.info(
-        "memory: a rank holds %s tokens%s, so the context limit of %s forces sp_degree %d",
-        f"{limit:,}", artificial, f"{config.data.max_length:,}", forced,
-    )  # fmt: skip
+        profile = _measured_profile(config, model, groups, display)
     return profile
 
 
-def _measured_profile(config: Config, model: PreTrainedModel, groups: GroupPool) -> Profile:
+def check_profile(profile: Profile, config: Config) -> None:
+    """Says what a rank holds and which degree the context limit forces.
+
+    Raises:
+        ValueError: no degree holds a sequence of the context limit.
+    """
+    artificial = " (artificial: planner.max_tokens_per_rank)" if "max_tokens_per_rank" in profile.provenance else ""
+    forced = static_degree(profile, config.data.max_length)
+    log.info(
+        "memory: a rank holds %s tokens%s, so the context limit of %s forces sp_degree %d",
+        f"{profile.capacity_tokens(1):,}", artificial, f"{config.data.max_length:,}", forced,
+    )  # fmt: skip
+
+
+def _measured_profile(config: Config, model: PreTrainedModel, groups: GroupPool, display: Display) -> Profile:
     planner = config.planner
     degrees = sorted(planner.sp_degrees) or [
         d for d in servable_degrees(model.config, dist.get_world_size()) if d & (d - 1) == 0
     ]
     check_degrees(degrees, model.config, dist.get_world_size())
+    most = int(planner.max_tokens_per_rank) * degrees[-1]
+    if 0 < most < config.data.max_length:  # known before anything is measured
+        raise ValueError(
+            f"data.max_length={config.data.max_length} tokens fit into no group: the most that any degree of {degrees} "
+            f"holds is {most}; lower the limit, allow a higher degree, or raise planner.max_tokens_per_rank"
+        )
     settings: dict[str, Any] = {
         "sp_degrees": degrees,
         "max_tokens_per_rank": int(planner.max_tokens_per_rank) or None,
         "memory_fraction": planner.memory_fraction,
         "param_dtype": _param_dtype(config.model),
     }
-    measure = partial(measure_profile, model, groups, **settings)
+    measure = partial(measure_profile, model, groups, track=display.tell, **settings)
     knobs = ("activation_checkpointing", "shard_layers", "reshard_after_forward")
     wiring = {key: getattr(config.model, key) for key in knobs}
     saved = profile_path(planner.profile_dir, model, {**settings, **wiring})

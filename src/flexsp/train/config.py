@@ -54,13 +54,17 @@ class PlannerConfig:
     profile_dir: str = "~/.cache/flexsp/profiles"
     """Where measured profiles are kept."""
     max_tokens_per_rank: Tokens = Tokens(0)
-    """An artificial memory limit of a rank; 0: the device's own memory (a CPU has none)."""
+    """An artificial memory limit of a rank; 0: the rank's own memory."""
     memory_fraction: float = 0.9
-    """Of a GPU's memory that a plan may fill, where there is no artificial limit."""
+    """Of a rank's memory that a plan may fill, where there is no artificial limit: the GPU's; on a CPU the process's
+    limit (`ulimit -d`) or its share of the machine's."""
     sp_degrees: list[int] = field(default_factory=list)
     """Degrees that a plan may use; empty: powers of two that divide the model's heads."""
     plan_ahead: int = 4
     """Batches planned ahead."""
+    correct: bool = True
+    """Correct the profile by what each step measures; it is saved as profile.json in run.dir, from which the next run
+    there goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

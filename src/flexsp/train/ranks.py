@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,13 +38,43 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other rank has said this yet, so that what all ranks find wrong is printed once.
+    """Whether no other rank has said this yet, so that what all ranks find wrong is printed once."""
+    key = "flexsp/said/" + hashlib.sha256(text.encode()).hexdigest()
+    return _added(key, 1) in (None, 1)  # better twice than not at all
 
-    Asks the store of torchrun's agent, which is there before any process group and outlives a failing rank.
+
+FAILED, EXPLAINED = "flexsp/failed", "flexsp/explained"
+PATIENCE_S = 5.0
+"""How long a rank waits for another to say why it ends: torchrun ends all ranks once one of them has."""
+
+
+def announce_failure() -> bool:
+    """Tells the other ranks that this one ends and will say why; False where another was first."""
+    return _added(FAILED, 1) in (None, 1)
+
+
+def failure_explained() -> None:
+    """The rank that announced its end has said why."""
+    _added(EXPLAINED, 1)
+
+
+def failure_of_another() -> bool:
+    """Whether a rank has announced its end; waits until that one has said why."""
+    if not _added(FAILED, 0):
+        return False
+    until = time.monotonic() + PATIENCE_S
+    while not _added(EXPLAINED, 0) and time.monotonic() < until:
+        time.sleep(0.1)
+    return True
+
+
+def _added(key: str, amount: int) -> int | None:
+    """A counter that all ranks share, after adding to it; None where there is none.
+
+    It is in the store of torchrun's agent, which is there before any process group and outlives a failing rank.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    key = "flexsp/said/" + hashlib.sha256(text.encode()).hexdigest()
+        return None
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
@@ -51,6 +82,6 @@ def first_to_say(text: str) -> bool:
             is_master=False,
             timeout=datetime.timedelta(seconds=10),
         )
-        return bool(store.add(key, 1) == 1)
-    except (KeyError, RuntimeError):  # better twice than not at all
-        return True
+        return int(store.add(key, amount))
+    except (KeyError, RuntimeError):
+        return None

@@ -18,15 +18,19 @@ from transformers.utils import logging as transformers_logging
 
 from flexsp import jsonfields
 from flexsp.data import PlannedBatch, PlannedLoader, Sequences
-from flexsp.parallel import GroupPool, forward_backward
+from flexsp.parallel import GroupPool, StepResult, forward_backward
+from flexsp.parallel.clock import clock_of
 from flexsp.planner import find_planner
 from flexsp.profile import Profile
+from flexsp.profiler.measure import from_first_rank
 from flexsp.train import build
 from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display, step_text
 from flexsp.train.export import save_pretrained
-from flexsp.train.ranks import joined_ranks
+from flexsp.train.learn import Learner, go_on
+from flexsp.train.out_of_memory import OutOfMemoryError, describe, is_out_of_memory
+from flexsp.train.ranks import announce_failure, joined_ranks
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +51,8 @@ def train(config: Config, display: Display) -> None:
     """One run.
 
     1. Open the corpus, build the model, join it to the ranks.
-    2. Load or measure the profile.
-    3. Train on planned batches; one line of metrics a step.
+    2. Load or measure the profile; go on from what an earlier run in the same folder learned.
+    3. Train on planned batches; one line of metrics a step. Measured times and memory correct the profile.
     4. Compare the planners on further batches, weights untouched.
     5. Save the model.
     """
@@ -64,15 +68,19 @@ def train(config: Config, display: Display) -> None:
     )  # fmt: skip
     model = build.prepare(model, config.model)
     groups = GroupPool(timeout=datetime.timedelta(seconds=config.run.timeout_s))
-    profile = build.build_profile(config, model, groups)
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
+    measured = build.build_profile(config, model, groups, display)
+    profile = from_first_rank(lambda: go_on(measured, folder, config.planner.correct), groups)
+    build.check_profile(profile, config)
+    device = next(model.parameters()).device
+    learner = Learner(measured, profile, groups, device, folder, config.planner.correct)
 
     with _loader(config, sequences, profile, groups, config.planner.name) as loader:
-        _train_steps(config, model, loader, groups, display)
+        _train_steps(config, model, loader, groups, learner, display)
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
     if compared:
-        report = compare_planners(model, compared, profile, groups, config.data.max_length, display)
+        report = compare_planners(model, compared, learner.profile, groups, config.data.max_length, display)
         if dist.get_rank() == 0:
             jsonfields.write_object(folder / "comparison.json", report)
         log.info("%s", summary_line(report))
@@ -98,14 +106,37 @@ def _loader(config: Config, sequences: Sequences, profile: Profile, groups: Grou
 
 
 def _train_steps(
-    config: Config, model: PreTrainedModel, loader: PlannedLoader, groups: GroupPool, display: Display
+    config: Config,
+    model: PreTrainedModel,
+    loader: PlannedLoader,
+    groups: GroupPool,
+    learner: Learner,
+    display: Display,
 ) -> None:
     optimizer, schedule = build.build_optimizer(model, config.train)
     mixed = 0
     with _metrics_file(Path(config.run.dir)) as file:
         for batch, line in display.track(loader, config.train.steps, "training"):
-            metrics = _train_step(config, model, batch, groups, optimizer)
+            learner.watch()
+            try:
+                metrics, result = _train_step(config, model, batch, groups, optimizer)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not announce_failure():
+                    raise RuntimeError("another rank has failed already") from None
+                said, raised = describe(batch, clock_of(model), learner.profile, model.config.num_hidden_layers)
+                path = learner.save_raised(raised)
+                raise OutOfMemoryError(
+                    f"{said}; the estimate is raised to {raised:,} bytes a token and saved in {path}: start the same "
+                    f"command again to plan within it"
+                ) from None
             schedule.step()
+            capacity_tokens = learner.profile.capacity_tokens(1)
+            profile, learned = learner.learn(batch, result)
+            if profile is not None:
+                loader.update_profile(profile, replan=profile.capacity_tokens(1) < capacity_tokens)
+            metrics |= learned
             mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
             line.say(step_text(metrics, str(batch.plan)))
             if file is not None:
@@ -121,8 +152,8 @@ def _train_steps(
 
 def _train_step(
     config: Config, model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """One optimizer step; returns its line of metrics.jsonl."""
+) -> tuple[dict[str, Any], StepResult]:
+    """One optimizer step; returns its part of a line of metrics.jsonl, and what it computed."""
     began = time.perf_counter()
     result = forward_backward(model, batch, groups)
     max_norm = config.train.grad_clip or float("inf")
@@ -134,7 +165,7 @@ def _train_step(
         torch.cuda.synchronize()
     step_s = time.perf_counter() - began
     tokens = int(batch.lengths.sum())
-    return {
+    metrics = {
         "step": batch.step,
         "loss": result.loss,
         "grad_norm": grad_norm,
@@ -147,6 +178,7 @@ def _train_step(
         "plan_wait_s": batch.plan_wait_s,
         "tokens_per_s": tokens / step_s,
     }
+    return metrics, result
 
 
 class _metrics_file:

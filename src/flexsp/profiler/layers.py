@@ -1,0 +1,279 @@
+"""A profile of a model that is not at hand, from few of its layers: flexsp never builds the whole of it.
+
+Three parts of the model are built one after another and run through the real executor:
+
+    few layers, a small vocabulary      all points of the fit
+    one layer, a small vocabulary       what a layer costs, by difference
+    one layer, the whole vocabulary     what the output head, the embedding and the loss cost, by difference
+
+The fit has the seconds of a layer and those of the head as unknowns of its own (`fit`) and gives them for all layers.
+Bytes a token, peaks at rest and the optimizer's step are put together the same way. All layers must be alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from flexsp import jsonfields as jf
+from flexsp.estimate import ModelShape, model_shape
+from flexsp.parallel import GroupPool, check_degrees, prepare_model
+from flexsp.profile import Profile
+from flexsp.profiler.fit import Fit
+from flexsp.profiler.measure import (
+    HELD_OUT,
+    Limit,
+    Measured,
+    alone_bytes_per_s,
+    exchange_alone,
+    from_first_rank,
+    make_profile,
+    measured_peaks,
+    read_points,
+)
+from flexsp.profiler.memory import OPTIMIZER_COPIES, PeakFit, shard_bytes
+from flexsp.profiler.points import SHARES, Layout, Part, Point, fit_points, held_out_layouts
+from flexsp.profiler.probe import Probe, Reading, Track, silent
+
+log = logging.getLogger(__name__)
+
+FEW_LAYERS = 3
+SMALL_VOCABULARY = 1024
+HEAD_TOKENS = 4096
+"""At most so many tokens a rank run through the whole vocabulary: logits are what fills memory there."""
+LOGIT_BYTES = 12
+"""Of one logit: in the computed type, in fp32, and its gradients."""
+WEIGHT_BYTES = 4
+"""Parameters are kept in fp32."""
+
+
+def read_model_config(path: str | Path) -> PreTrainedConfig:
+    """The Hugging Face config in a directory or a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or transformers does not know it.
+    """
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    fields = jf.read_object(file)
+    model_type = fields.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: transformers cannot make a config of it ({error}); correct it") from None
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def measure_layers(
+    config: PreTrainedConfig,
+    groups: GroupPool,
+    *,
+    sp_degrees: Sequence[int],
+    probe_tokens: int,
+    device: torch.device,
+    memory_fraction: float = 0.9,
+    param_dtype: torch.dtype | None = None,
+    activation_checkpointing: bool = False,
+    max_tokens_per_rank: int | None = None,
+    track: Track = silent,
+) -> Profile:
+    """Measures the profile of a model that is given by its config. A collective; every rank gets the same profile.
+
+    Args:
+        config: of a causal language model.
+        groups: the pool.
+        sp_degrees: degrees to measure.
+        probe_tokens: tokens of a rank in the largest timed micro-batch.
+        device: of this rank.
+        memory_fraction: of a rank's memory that a plan may fill.
+        param_dtype: what the model computes in; by default fp32.
+        activation_checkpointing: recompute each layer in the backward.
+        max_tokens_per_rank: an artificial memory limit.
+        track: shows progress.
+
+    Raises:
+        ValueError: a model that cannot be run exactly, a degree that the heads cannot serve, or no memory left for
+            activations.
+    """
+    check_degrees(sp_degrees, config, dist.get_world_size())
+    shape = model_shape(config.to_dict())
+    began, dtype = time.perf_counter(), param_dtype or torch.float32
+    limit = Limit(max_tokens_per_rank=max_tokens_per_rank, fraction=memory_fraction)
+    done: list[_PartDone] = []
+    for part in parts_of(shape):
+        vocabulary = max(1, round(part.head * shape.vocab_size))
+        model = build_part(config, part.layers, vocabulary, probe_tokens * max(sp_degrees), device)
+        prepare_model(model, param_dtype=param_dtype, activation_checkpointing=activation_checkpointing)
+        probe = Probe(model, groups, part)
+        done.append(_run_part(probe, shape, probe_tokens, sp_degrees, limit, dtype, track, first=not done))
+        del model, probe
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    first = done[0]
+    fit = Fit(
+        [reading for each in done for reading in each.readings],
+        sp_degrees,
+        {d: max(by.values()) / (probe_tokens * d) for d, by in first.alone.items()},
+    )
+    said = fit.for_part(first.part)
+    per_token, state_bytes, residual_bytes = whole_model_bytes(done, shape)
+    measured = Measured(
+        config=config,
+        dtype=dtype,
+        readings=[reading for each in done for reading in each.readings],
+        fit=fit,
+        layers=1 if first.part.whole else shape.num_layers,
+        exchange_bytes_per_s=alone_bytes_per_s(first.alone, probe_tokens, config, dtype),
+        held_out=[said.layout_s(layout) / seconds - 1.0 for layout, seconds in first.tried],
+        optimizer_s=first.optimizer_s * WEIGHT_BYTES * shape.num_parameters / dist.get_world_size() / first.shard_bytes,
+        state_bytes=state_bytes,
+        activation_bytes_per_token=per_token,
+        residual_bytes=residual_bytes,
+        notes={
+            "assumptions": []
+            if first.part.whole
+            else [
+                f"measured on {', '.join(str(each.part.layers) for each in done)} layers with vocabularies of "
+                f"{', '.join(str(round(each.part.head * shape.vocab_size)) for each in done)}, put together for "
+                f"{shape.num_layers} layers and {shape.vocab_size}; all layers alike"
+            ]
+        },
+    )
+    return from_first_rank(lambda: make_profile(measured, sp_degrees, device, limit, began), groups)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PartDone:
+    """What one part gave."""
+
+    part: Part
+    readings: list[Reading]
+    tried: list[tuple[Layout, float]]
+    alone: dict[int, dict[str, float]]
+    optimizer_s: float
+    peaks: PeakFit
+    shard_bytes: int
+
+
+def _run_part(
+    probe: Probe,
+    shape: ModelShape,
+    probe_tokens: int,
+    degrees: Sequence[int],
+    limit: Limit,
+    dtype: torch.dtype,
+    track: Track,
+    first: bool,
+) -> _PartDone:
+    """Times one part; the first also at all degrees, with its exchange, held-out rows and optimizer."""
+    part = probe.part
+    full_head = part.head == 1.0 and not part.whole and shape.vocab_size > SMALL_VOCABULARY
+    tokens = min(probe_tokens, HEAD_TOKENS) if full_head else probe_tokens
+    points = _head_points(tokens) if full_head else fit_points(tokens, degrees if first else [1])
+    layouts = held_out_layouts(tokens, degrees, probe.world_size, HELD_OUT) if first else []
+    what = f"measuring {part.layers} of {shape.num_layers} layers{', whole vocabulary' if full_head else ''}"
+    readings, tried = read_points(probe, points, layouts, track, what)
+    return _PartDone(
+        part=part,
+        readings=readings,
+        tried=tried,
+        alone=exchange_alone(probe, tokens, degrees, dtype) if first else {},
+        optimizer_s=probe.optimizer_s() if first else 0.0,
+        peaks=measured_peaks(probe, tokens, None if full_head else limit.room_bytes(probe.device)),
+        shard_bytes=shard_bytes(probe.model),
+    )
+
+
+def parts_of(shape: ModelShape) -> list[Part]:
+    """The parts to measure, the one for all points first; the whole model where it is no more than that."""
+    small = min(1.0, SMALL_VOCABULARY / shape.vocab_size)
+    if shape.num_layers <= FEW_LAYERS and small == 1.0:
+        return [Part(layers=shape.num_layers, head=1.0, whole=True)]
+    parts = [Part(layers=layers, head=small) for layers in sorted({min(FEW_LAYERS, shape.num_layers), 1}, reverse=True)]
+    return parts if small == 1.0 else [*parts, Part(layers=1, head=1.0)]
+
+
+def _head_points(tokens: int) -> list[Point]:
+    """Rows of short sequences, in which the head weighs most."""
+    short = max(1, tokens // SHARES[-1])
+    return [Point(1, (1,), count=4), *(Point(1, (short,) * count) for count in (SHARES[-1], SHARES[-1] // 2))]
+
+
+def build_part(config: PreTrainedConfig, layers: int, vocabulary: int, longest: int, device: torch.device) -> Any:
+    """A model of so many layers and so large a vocabulary, otherwise as `config` says, with random weights.
+
+    Args:
+        config: of the whole model; left as it is.
+        layers, vocabulary: of the part.
+        longest: tokens of the longest sequence that it must take.
+        device: where it is built.
+    """
+    fields = config.to_dict()
+    count = config.get_text_config().num_hidden_layers
+    fields = {key: value[:layers] if isinstance(value, list) and len(value) == count else value for key, value in fields.items()}  # fmt: skip  # noqa: E501
+    part = type(config).from_dict(fields)
+    text = part.get_text_config()
+    text.num_hidden_layers, text.vocab_size = layers, vocabulary
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None:
+        text.max_position_embeddings = max(positions, longest)
+    torch.manual_seed(0)
+    try:
+        with device:
+            return AutoModelForCausalLM.from_config(part, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"model_type={config.model_type!r}: transformers cannot make a part of {layers} layers of it ({error}); "
+            f"measure the whole model with flexsp train instead"
+        ) from None
+
+
+def whole_model_bytes(done: Sequence[_PartDone], shape: ModelShape) -> tuple[float, float, float]:
+    """Activation bytes a token, bytes whatever the tokens, and the worst residual, of a rank of the whole model.
+
+    What a part held at rest beyond its own shards of parameters and gradients (the process, whatever was gathered) is
+    taken as the most of any part.
+    """
+    first = done[0]
+    per_token = first.peaks.bytes_per_token
+    if not first.part.whole:
+        one = next((each.peaks.bytes_per_token for each in done[1:] if each.part.layers == 1), per_token)
+        layers = first.part.layers
+        layer = max(0.0, per_token - one) / (layers - 1) if layers > 1 else 0.0
+        head = done[-1].peaks.bytes_per_token - one if done[-1].part.head == 1.0 and first.part.head < 1.0 else 0.0
+        per_token += (shape.num_layers - layers) * layer + max(0.0, head)
+    beside = max(each.peaks.at_rest_bytes - 2 * each.shard_bytes for each in done)
+    shards = WEIGHT_BYTES * shape.num_parameters / dist.get_world_size()
+    scale = per_token / max(1.0, first.peaks.bytes_per_token)
+    return per_token, max(0.0, beside) + (2 + OPTIMIZER_COPIES) * shards, scale * first.peaks.residual_bytes
+
+
+def needed_bytes(shape: ModelShape, probe_tokens: int, itemsize: int) -> int:
+    """What measuring will hold on a rank at the most, about: the larger of the first part and the last."""
+    head_bytes = shape.vocab_size * LOGIT_BYTES
+    layer_token_bytes = sum(shape.kept_bytes_per_layer(itemsize).values())
+    parts = parts_of(shape)
+    first, last = parts[0], parts[-1]
+
+    def states(part: Part) -> float:
+        ends = (shape.embedding_parameters + shape.head_parameters) * part.head
+        return (part.layers * shape.layer_parameters + ends) * WEIGHT_BYTES * (2 + OPTIMIZER_COPIES)
+
+    rows = (
+        states(first) + probe_tokens * (first.layers * layer_token_bytes + head_bytes * first.head),
+        states(last) + min(probe_tokens, HEAD_TOKENS) * (layer_token_bytes + head_bytes),
+    )
+    return int(max(rows))

@@ -1,0 +1,128 @@
+"""What is measured: rows of like sequences, run on all ranks at once, and mixed micro-batches held out from the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+from flexsp.data.batch import IntArray, PlannedBatch
+from flexsp.plans import Group, MicroBatch, Plan
+
+Layout = list[tuple[int, tuple[int, ...]]]
+"""One micro-batch: by group its degree and the lengths that it holds, larger degrees first."""
+
+SHARES = (1, 4, 16)
+"""A full row holds so many sequences: from a long one to many short ones."""
+SHORTEST = 16
+"""Tokens of the shortest sequences that are timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One timed layout: every group of `degree` holds sequences of these lengths, in `count` micro-batches."""
+
+    degree: int
+    lengths: tuple[int, ...]
+    count: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def squares(self) -> int:
+        return sum(s * s for s in self.lengths)
+
+    @property
+    def alike(self) -> int | None:
+        """The one length of a full row's sequences; None for a point that serves the fixed terms."""
+        return self.lengths[0] if self.count == 1 and len(set(self.lengths)) == 1 else None
+
+    def layouts(self, world_size: int) -> list[Layout]:
+        """As many groups of the degree as there is room for, alike."""
+        return [[(self.degree, self.lengths)] * (world_size // self.degree)] * self.count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The model that a point runs on: the whole one, or few of its layers with some of its vocabulary."""
+
+    layers: int
+    """Of this part; the seconds of a layer are its own unknowns where the model is not whole."""
+    head: float
+    """Share of the model's vocabulary."""
+    whole: bool = False
+
+
+def fit_points(tokens: int, degrees: Sequence[int]) -> list[Point]:
+    """Mixes that tell the terms of the cost model apart; none above `tokens` a rank."""
+    points = [Point(1, (1,), count=4)]
+    for degree in degrees:
+        row = tokens * degree
+        for share in SHARES:
+            length = max(1, row // share)
+            if length >= SHORTEST or share == 1:
+                points.append(Point(degree, (length,) * share))
+        if row >= SHARES[-1]:  # half as many, twice: what is paid a row
+            points.append(Point(degree, (row // SHARES[-1],) * (SHARES[-1] // 2), count=2))
+    return points
+
+
+def held_out_layouts(tokens: int, degrees: Sequence[int], world_size: int, count: int, seed: int = 0) -> list[Layout]:
+    """Micro-batches that no point is like: drawn degrees, drawn lengths, rows of any filling."""
+    draw = Random(seed)
+    layouts = []
+    for _ in range(count):
+        layout: Layout = []
+        start = 0
+        while start < world_size:
+            fitting = [d for d in degrees if start % d == 0 and start + d <= world_size]
+            degree = draw.choice(fitting)
+            layout.append((degree, tuple(_drawn_row(draw, tokens * degree))))
+            start += degree
+        layouts.append(sorted(layout, key=lambda group: -group[0]))
+    return layouts
+
+
+def _drawn_row(draw: Random, tokens: int) -> Iterator[int]:
+    """Lengths of a long-tailed row that fills between a third and all of `tokens`."""
+    left = draw.randint(-(-tokens // 3), tokens)
+    while left > 0:
+        length = min(left, max(1, round(tokens * 2.0 ** -draw.uniform(0.0, 6.0))))
+        yield length
+        left -= length
+
+
+class RandomTokens:
+    """A SequenceSource of random tokens; every one has a label, so that a row of one token has something to learn."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def read(self, sequence: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
+        tokens = np.random.default_rng([sequence, start]).integers(0, self.vocab_size, stop - start)
+        return tokens, tokens
+
+
+def batch_of(layouts: Sequence[Layout], world_size: int, vocab_size: int) -> PlannedBatch:
+    """A global batch of random tokens that runs as these micro-batches."""
+    micro_batches: list[MicroBatch] = []
+    lengths: list[int] = []
+    for layout in layouts:
+        groups, start = [], 0
+        for degree, row in layout:
+            ids = tuple(range(len(lengths), len(lengths) + len(row)))
+            groups.append(Group(ranks=tuple(range(start, start + degree)), sequences=ids))
+            lengths += row
+            start += degree
+        micro_batches.append(MicroBatch(groups=tuple(groups)))
+    return PlannedBatch(
+        step=0,
+        sequence_ids=np.arange(len(lengths)),
+        lengths=np.array(lengths, dtype=np.int64),
+        plan=Plan(num_devices=world_size, micro_batches=tuple(micro_batches)),
+        source=RandomTokens(vocab_size),
+    )

@@ -1,0 +1,162 @@
+"""Runs layouts through the real executor and takes their times, with all ranks busy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from flexsp.data.batch import PlannedBatch
+from flexsp.data.packing import share_sizes
+from flexsp.parallel import GroupPool, forward_backward
+from flexsp.parallel.exchange import exchange_rows
+from flexsp.profiler.points import Layout, Part, Point, batch_of
+
+ROW_LENGTH = 512
+"""Tokens of the sequences in a row whose memory is measured: attention's time would grow with longer ones."""
+REPEATS = 3
+"""Timings of a point, of which the median counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One point, timed."""
+
+    point: Point
+    part: Part
+    seconds: float
+    """Median over the repeats, of the slowest rank."""
+    spread: float
+    """Largest over least of the repeats, less 1: how noisy it was."""
+
+
+Say = Callable[[str], None]
+"""Says a line about the item at hand."""
+Track = Callable[[Sequence[Any], str], Iterable[tuple[Any, Say]]]
+"""Shows progress through items: hands out each with a way to say what became of it."""
+
+
+def silent(items: Sequence[Any], what: str) -> Iterator[tuple[Any, Say]]:
+    """A Track that shows nothing."""
+    for item in items:
+        yield item, lambda text: None
+
+
+class Probe:
+    """One model on its ranks. All methods are collectives."""
+
+    def __init__(self, model: PreTrainedModel, groups: GroupPool, part: Part) -> None:
+        self.model, self.groups, self.part = model, groups, part
+        self.world_size = dist.get_world_size()
+        self.device = next(model.parameters()).device
+
+    def read(self, point: Point) -> Reading:
+        """Times a point, after a warm-up."""
+        taken = self.times(point.layouts(self.world_size))
+        return Reading(
+            point=point, part=self.part, seconds=statistics.median(taken), spread=max(taken) / min(taken) - 1.0
+        )
+
+    def times(self, layouts: Sequence[Layout]) -> list[float]:
+        """Seconds of the slowest rank, `REPEATS` times, after a warm-up."""
+        batch = self.batch(layouts)
+        timed_step(self.model, batch, self.groups)
+        return [timed_step(self.model, batch, self.groups) for _ in range(REPEATS)]
+
+    def run(self, tokens: int) -> None:
+        """Forward and backward of a row of so many tokens on every rank, by itself, in sequences of `ROW_LENGTH`."""
+        whole, rest = divmod(tokens, ROW_LENGTH)
+        row = (ROW_LENGTH,) * whole + ((rest,) if rest else ())
+        timed_step(self.model, self.batch(Point(1, row).layouts(self.world_size)), self.groups)
+
+    def largest(self, own: float) -> float:
+        """The largest of what the ranks say."""
+        return largest_of_all(own, self.groups)
+
+    def batch(self, layouts: Sequence[Layout]) -> PlannedBatch:
+        return batch_of(layouts, self.world_size, self.model.config.get_text_config().vocab_size)
+
+    def optimizer_s(self) -> float:
+        """Seconds of clipping and one AdamW step. At a learning rate of 0 the weights stay as they are."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
+        forward_backward(self.model, self.batch(Point(1, (1,)).layouts(self.world_size)), self.groups)
+        taken = []
+        for _ in range(REPEATS + 1):
+            dist.barrier(group=self.groups.control)
+            began = time.perf_counter()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            _synchronize(self.device)
+            taken.append(time.perf_counter() - began)
+        self.model.zero_grad()
+        return largest_of_all(statistics.median(taken[1:]), self.groups)  # the first makes the states
+
+    def exchange_s(self, degree: int, tokens: int, columns: tuple[int, int], dtype: torch.dtype) -> dict[str, float]:
+        """Seconds of one layer's exchanges, forward and backward, by placement: ranks "0-3" and so on.
+
+        All groups of the degree exchange at once, as they do in a step.
+
+        Args:
+            degree: above 1.
+            tokens: of a rank.
+            columns: of queries, keys and values as they are sent, and of the attention's output.
+            dtype: what is sent.
+        """
+        self.groups.prepare([self.batch([[(degree, (1,))] * (self.world_size // degree)]).plan])
+        rank = dist.get_rank()
+        start = rank - rank % degree
+        taken = 0.0
+        if start + degree <= self.world_size:
+            group = self.groups.get(tuple(range(start, start + degree)))
+            assert group is not None
+            shares = share_sizes(tokens * degree, degree)
+            there, back = (
+                torch.zeros(tokens * degree, width // degree, dtype=dtype, device=self.device) for width in columns
+            )
+            times = []
+            for _ in range(REPEATS + 1):
+                dist.barrier(group=group)
+                began = time.perf_counter()
+                for rows in (there, back, back, there):
+                    exchange_rows(rows, shares, shares, group)
+                _synchronize(self.device)
+                times.append(time.perf_counter() - began)
+            taken = statistics.median(times[1:])
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, taken, group=self.groups.control)
+        return {
+            f"{first}-{first + degree - 1}": max(everyone[first : first + degree])
+            for first in range(0, self.world_size - degree + 1, degree)
+        }
+
+
+def timed_step(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> float:
+    """Seconds of forward and backward of one batch, of the slowest rank; gradients are cleared, weights untouched."""
+    device = next(model.parameters()).device
+    model.zero_grad()
+    groups.prepare([batch.plan])
+    dist.barrier(group=groups.control)
+    began = time.perf_counter()
+    forward_backward(model, batch, groups)
+    _synchronize(device)
+    seconds = largest_of_all(time.perf_counter() - began, groups)
+    model.zero_grad()
+    return seconds
+
+
+def largest_of_all(own: float, groups: GroupPool) -> float:
+    """The largest of what the ranks say."""
+    held = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(held, op=dist.ReduceOp.MAX, group=groups.control)
+    return held.item()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,182 @@
+"""What a run learns about its profile: ratios of measured to predicted times, and memory that was underrated.
+
+The learned profile is saved as profile.json in the run's folder. It names the profile that it started from; a run that
+starts from the same one in the same folder goes on from what was learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flexsp.data import PlannedBatch
+from flexsp.parallel import GroupPool, StepResult
+from flexsp.plans import Plan
+from flexsp.profile import Profile
+from flexsp.profiler.correct import Correction, times_of
+from flexsp.profiler.memory import PeakMeter
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 1
+"""First steps that teach nothing: allocators and libraries warm up."""
+FILE = "profile.json"
+STARTED_FROM = "started_from_sha256"
+
+
+def profile_sha256(profile: Profile) -> str:
+    """Names a profile by all that it says."""
+    return hashlib.sha256(json.dumps(profile.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def go_on(started_from: Profile, folder: Path, correct: bool) -> Profile:
+    """What an earlier run in `folder` learned, where it started from the same profile; else that profile itself.
+
+    Args:
+        started_from: the measured or given profile.
+        folder: of the run.
+        correct: whether times are corrected; else only the memory estimate is taken over.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return started_from
+    learned = Profile.load(path)
+    if learned.provenance.get(STARTED_FROM) != profile_sha256(started_from):
+        log.info("profile: %s was learned from another profile and is not used", path)
+        return started_from
+    log.info("profile: going on from what the last run in this folder learned, %s", path)
+    return learned if correct else replace(started_from, memory=learned.memory)
+
+
+class Learner:
+    """Watches the steps of one run. `watch` and `learn` are called on all ranks, once a step each."""
+
+    def __init__(
+        self,
+        started_from: Profile,
+        profile: Profile,
+        groups: GroupPool,
+        device: torch.device,
+        folder: Path,
+        correct: bool,
+    ) -> None:
+        """
+        Args:
+            started_from: the measured or given profile, whose name the learned one carries.
+            profile: what the run plans with at first; see `go_on`.
+            groups: the pool.
+            device: of this rank.
+            folder: of the run.
+            correct: whether times are corrected.
+        """
+        self.profile = profile
+        self._started_from = profile_sha256(started_from)
+        self._groups, self._folder = groups, folder
+        self._meter = PeakMeter(device)
+        self._correction = Correction(profile) if correct else None
+
+    def watch(self) -> None:
+        """A step begins."""
+        self._meter.reset()
+
+    def learn(self, batch: PlannedBatch, result: StepResult) -> tuple[Profile | None, dict[str, Any]]:
+        """A step has ended. A collective.
+
+        Returns:
+            The profile to plan with from now on, where it is another one, the same on all ranks; and on rank 0 what
+            metrics.jsonl says of times and memory.
+        """
+        peak = float(self._meter.peak_bytes())
+        own = torch.tensor([(t.elapsed_s, t.busy_s, peak) for t in result.times], dtype=torch.float64)
+        first = dist.get_rank() == 0
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())] if first else None
+        dist.gather(own, gathered, dst=0, group=self._groups.control)
+        answer: list[Any] = [None]
+        metrics: dict[str, Any] = {}
+        if gathered is not None:
+            answer[0], metrics = self._learn(batch, [rank.tolist() for rank in gathered])
+        dist.broadcast_object_list(answer, src=0, group=self._groups.control)
+        if answer[0] is not None:
+            self.profile = answer[0]
+        return answer[0], metrics
+
+    def _learn(self, batch: PlannedBatch, measured: list[list[list[float]]]) -> tuple[Profile | None, dict[str, Any]]:
+        """On rank 0. `measured`: by rank and micro-batch, elapsed seconds, busy seconds and the step's peak bytes."""
+        plan = batch.plan
+        elapsed_s, busy_s = ([[row[k] for row in rank] for rank in measured] for k in (0, 1))
+        times = times_of(plan, elapsed_s, busy_s)
+        peaks = [rank[0][2] for rank in measured]
+        metrics: dict[str, Any] = {
+            "micro_batch_s": times.elapsed_s,
+            "predicted_micro_batch_s": [micro_batch.predicted_s for micro_batch in plan.micro_batches],
+            "group_s": times.group_s,
+            "predicted_group_s": [[g.predicted_s for g in micro_batch.groups] for micro_batch in plan.micro_batches],
+            "peak_bytes": int(max(peaks)),
+            "predicted_peak_bytes": math.ceil(max(self._predicted_peaks(plan, batch))),
+        }
+        new: Profile | None = None
+        if self._correction is not None and batch.step >= WARM_UP:
+            new = self._correction.observe(plan, batch.lengths, times)
+            metrics["ratios"] = self._correction.ratios
+        if new is not None:
+            new = replace(new, memory=self.profile.memory)
+            said = ", ".join(f"{name} x{ratio:.2f}" for name, ratio in metrics["ratios"].items())
+            log.info("profile: corrected after step %d: %s", batch.step, said)
+        if raised := self._underrated(batch, peaks):
+            new = self.with_activation_bytes(new or self.profile, raised)
+            log.info(
+                "profile: step %d held more than predicted: %s bytes a token from now on", batch.step, f"{raised:,}"
+            )
+        if new is not None:
+            new = self._named(new)
+            new.save(self._folder / FILE)
+        return new, metrics
+
+    def _predicted_peaks(self, plan: Plan, batch: PlannedBatch) -> list[float]:
+        """By rank, the bytes that the profile says of its fullest micro-batch."""
+        peaks = [float(self.profile.memory.model_state_bytes)] * plan.num_devices
+        for micro_batch in plan.micro_batches:
+            for group in micro_batch.groups:
+                held = int(batch.lengths[list(group.sequences)].sum())
+                for rank in group.ranks:
+                    predicted = self.profile.group_bytes(group.sp_degree, held, micro_batch.policy)
+                    peaks[rank] = max(peaks[rank], predicted)
+        return peaks
+
+    def _underrated(self, batch: PlannedBatch, peaks: list[float]) -> int | None:
+        """Activation bytes per token that explain peaks above what was predicted; None where none was by much.
+
+        Only where all micro-batches run under no policy; with an artificial limit there is nothing to run out of.
+        """
+        memory, provenance = self.profile.memory, self.profile.provenance
+        if "max_tokens_per_rank" in provenance or any(m.policy for m in batch.plan.micro_batches):
+            return None
+        margin = float(provenance.get("margin_bytes", 0))
+        needed = 0.0
+        for predicted, peak in zip(self._predicted_peaks(batch.plan, batch), peaks, strict=True):
+            tokens = (predicted - memory.model_state_bytes) / memory.activation_bytes_per_token
+            if tokens >= 1 and peak > predicted + margin:
+                needed = max(needed, (peak - memory.model_state_bytes) / tokens)
+        return math.ceil(needed) if needed > memory.activation_bytes_per_token else None
+
+    def with_activation_bytes(self, profile: Profile, activation_bytes_per_token: int) -> Profile:
+        """`profile` with a raised memory estimate."""
+        memory = replace(profile.memory, activation_bytes_per_token=activation_bytes_per_token)
+        return replace(profile, memory=memory)
+
+    def save_raised(self, activation_bytes_per_token: int) -> Path:
+        """Saves a raised estimate for the next run, on whichever rank ran out of memory; returns where."""
+        path = self._folder / FILE
+        self._named(self.with_activation_bytes(self.profile, activation_bytes_per_token)).save(path)
+        return path
+
+    def _named(self, profile: Profile) -> Profile:
+        return replace(profile, provenance={**profile.provenance, STARTED_FROM: self._started_from})

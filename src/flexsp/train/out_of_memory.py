@@ -1,0 +1,72 @@
+"""Memory that runs out in a step: the run ends with one error, after the estimate has been raised for the next one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from flexsp.data import PlannedBatch
+from flexsp.parallel.clock import BusyClock
+from flexsp.plans import Group
+from flexsp.profile import Profile
+
+HEADROOM = 0.9
+"""What the raised estimate leaves free of the room that was too little."""
+LEAST_PROGRESS = 0.1
+"""Of a forward pass: a failure earlier than this is not taken to mean a need of more than ten times the room."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """A rank ran out of memory in a step; the message names it, its group and the lengths."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: CUDA's, the CPU allocator's, numpy's or C++'s."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
+
+
+def raised_activation_bytes(profile: Profile, tokens_per_rank: float, progress: float) -> int:
+    """Bytes per token for the next run, after a rank that held so many tokens ran out.
+
+    The room was `memory_bytes - model_state_bytes`; it was full after `progress` of the forward pass, so the whole pass
+    needs as much more. Never below what makes this many tokens a rank illegal.
+    """
+    memory = profile.memory
+    room_bytes = memory.memory_bytes - memory.model_state_bytes
+    needed = room_bytes / (tokens_per_rank * max(progress, LEAST_PROGRESS) * HEADROOM)
+    return math.ceil(max(needed, memory.activation_bytes_per_token / HEADROOM))
+
+
+def describe(batch: PlannedBatch, clock: BusyClock, profile: Profile, num_layers: int) -> tuple[str, int]:
+    """What ran out where, in words, and the bytes per token of the next run's estimate."""
+    rank, at = dist.get_rank(), max(0, clock.micro_batch)
+    micro_batch = batch.plan.micro_batches[at]
+    group = next((g for g in micro_batch.groups if rank in g.ranks), None)
+    where = f"step {batch.step}: out of memory on rank {rank} in micro-batch {at}"
+    if group is None:
+        return f"{where}, idle there", math.ceil(profile.memory.activation_bytes_per_token / HEADROOM)
+    lengths = sorted((int(batch.lengths[i]) for i in group.sequences), reverse=True)
+    tokens = sum(lengths)
+    progress = min(1.0, (clock.layers_done + 1) / num_layers)
+    raised = raised_activation_bytes(profile, tokens / group.sp_degree, progress)
+    predicted = profile.group_bytes(group.sp_degree, tokens, micro_batch.policy)
+    text = (
+        f"{where}: its group of {_ranks(group)} held {len(lengths)} sequences of {_few(lengths)} tokens, "
+        f"{math.ceil(tokens / group.sp_degree):,} a rank, predicted to need {predicted / 2**20:,.0f} of "
+        f"{profile.memory.memory_bytes / 2**20:,.0f} MiB"
+    )
+    return text, raised
+
+
+def _ranks(group: Group) -> str:
+    return f"rank {group.ranks[0]}" if group.sp_degree == 1 else f"ranks {group.ranks[0]}-{group.ranks[-1]}"
+
+
+def _few(lengths: list[int]) -> str:
+    shown = ", ".join(f"{length:,}" for length in lengths[:8])
+    return f"{shown} and {len(lengths) - 8} shorter" if len(lengths) > 8 else shown

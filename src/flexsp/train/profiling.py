@@ -1,0 +1,128 @@
+"""What `flexsp profile` does on the ranks: measure, fill in from an estimate, save, and say what came out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
+
+from flexsp.estimate import estimate_profile, load_cluster, model_shape
+from flexsp.parallel import GroupPool, servable_degrees
+from flexsp.profile import Profile
+from flexsp.profiler.layers import measure_layers, needed_bytes, read_model_config
+from flexsp.profiler.measure import from_first_rank, ranks_per_node
+from flexsp.profiler.memory import memory_limit
+from flexsp.profiler.mixed import fill_from_estimate
+from flexsp.train.display import Display
+from flexsp.train.ranks import joined_ranks
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = {"cpu": 2048, "cuda": 32768}
+LEAST_PROBE_TOKENS = 256
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileRequest:
+    """The flags of `flexsp profile`."""
+
+    model: str
+    output: str
+    dtype: str | None
+    sp_degrees: list[int]
+    probe_tokens: int | None
+    activation_checkpointing: bool
+    memory_fraction: float
+    max_tokens_per_rank: int | None
+    cluster: str | None
+    num_devices: int | None
+
+
+def profile_model(request: ProfileRequest) -> int:
+    """Measures and saves; returns the exit status.
+
+    Raises:
+        ValueError: bad flags, a model that cannot be run exactly, or one that does not fit.
+    """
+    if not 0 < request.memory_fraction <= 1:
+        raise ValueError(
+            f"--memory-fraction={request.memory_fraction} must be above 0 and at most 1; give a share of the memory"
+        )
+    if request.num_devices is not None and request.cluster is None:
+        raise ValueError(
+            f"--num-devices={request.num_devices} needs --cluster: what other devices add is estimated; name one"
+        )
+    transformers_logging.disable_progress_bar()
+    config = read_model_config(request.model)
+    cluster = None if request.cluster is None else load_cluster(request.cluster)
+    with joined_ranks(TIMEOUT_S) as device, Display() as display:
+        groups = GroupPool()
+        world_size = dist.get_world_size()
+        dtype = request.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        shape = model_shape(config.to_dict())
+        degrees = request.sp_degrees or [d for d in servable_degrees(config, world_size) if d & (d - 1) == 0]
+        itemsize = 2 if dtype == "bfloat16" else 4
+        tokens = _probe_tokens(request, lambda n: needed_bytes(shape, n, itemsize), device)
+        log.info(
+            "profile: %s, %s parameters, %d layers, on %d ranks (%s), in %s",
+            config.model_type, f"{shape.num_parameters:,}", shape.num_layers, world_size, dist.get_backend(), dtype,
+        )  # fmt: skip
+        profile = measure_layers(
+            config,
+            groups,
+            sp_degrees=[d for d in degrees if d <= world_size] if cluster is not None else degrees,
+            probe_tokens=tokens,
+            device=device,
+            memory_fraction=request.memory_fraction,
+            param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+            activation_checkpointing=request.activation_checkpointing,
+            max_tokens_per_rank=request.max_tokens_per_rank,
+            track=display.tell,
+        )
+        if cluster is not None:
+            measured, asked = profile, request.sp_degrees or None
+            estimate = estimate_profile(shape, cluster, num_devices=request.num_devices, sp_degrees=asked, dtype=dtype)
+            profile = from_first_rank(lambda: fill_from_estimate(measured, estimate, shape.num_parameters), groups)
+        if dist.get_rank() == 0:
+            profile.save(request.output)
+        _say(profile, request.output)
+    return 0
+
+
+def _probe_tokens(request: ProfileRequest, needed: Callable[[int], int], device: torch.device) -> int:
+    """Tokens of the largest row, after saying what measuring will hold; fewer than by default where it must be."""
+    limit, said = memory_limit(device, request.memory_fraction, ranks_per_node())
+    tokens = request.probe_tokens or min(
+        PROBE_TOKENS[device.type], request.max_tokens_per_rank or PROBE_TOKENS[device.type]
+    )
+    while request.probe_tokens is None and needed(tokens) > limit and tokens >= 2 * LEAST_PROBE_TOKENS:
+        tokens //= 2
+    if needed(tokens) > limit:
+        raise ValueError(
+            f"--probe-tokens={tokens}: measuring would hold about {needed(tokens) / 2**30:.1f} GiB a rank, and there "
+            f"are {limit / 2**30:.1f} ({said}); measure fewer tokens or on devices of more memory"
+        )
+    log.info(
+        "profile: rows of up to %s tokens a rank; measuring will hold about %.1f of %.1f GiB a rank",
+        f"{tokens:,}", needed(tokens) / 2**30, limit / 2**30,
+    )  # fmt: skip
+    return tokens
+
+
+def _say(profile: Profile, output: str) -> None:
+    fit = profile.provenance["fit"]
+    log.info(
+        "profile: %.3g s a token, %.3g s a token squared, %.3g s a micro-batch; a rank holds %s tokens",
+        profile.compute.linear_s, profile.compute.quadratic_s, profile.compute.fixed_s,
+        f"{profile.capacity_tokens(1):,}",
+    )  # fmt: skip
+    log.info(
+        "profile: off by %.1f %% in the median on %d mixed micro-batches held out, at most %.1f %%; measured in %.0f s",
+        100 * fit["held_out_median"], fit["held_out"], 100 * fit["held_out_worst"], profile.provenance["measured_in_s"],
+    )  # fmt: skip
+    log.info("profile: saved as %s; flexsp show %s", output, output)
