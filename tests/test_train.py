@@ -57,8 +57,15 @@ def test_metrics_have_a_line_a_step_and_the_loss_falls(run):
     assert [row["step"] for row in rows] == list(range(8))
     assert set(rows[0]) == {
         "step", "loss", "grad_norm", "num_sequences", "tokens", "micro_batches", "predicted_s", "step_s", "plan_s",
-        "plan_wait_s", "tokens_per_s",
+        "plan_wait_s", "tokens_per_s", "micro_batch_s", "predicted_micro_batch_s", "group_s", "predicted_group_s",
+        "peak_bytes", "predicted_peak_bytes",
     }  # fmt: skip
+    assert all(set(row) == set(rows[0]) | {"ratios"} for row in rows[1:])
+    for row in rows:
+        assert [len(groups) for groups in row["group_s"]] == [len(degrees) for degrees in row["micro_batches"]]
+        assert sum(row["predicted_micro_batch_s"]) == pytest.approx(row["predicted_s"])
+        assert all(0 < max(groups) <= s for groups, s in zip(row["group_s"], row["micro_batch_s"], strict=True))
+        assert sum(row["micro_batch_s"]) <= row["step_s"]
     assert all(row["num_sequences"] == 16 for row in rows)
     assert all(sum(degrees) <= 4 for row in rows for degrees in row["micro_batches"])
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
@@ -104,6 +111,38 @@ def test_a_run_starts_from_a_saved_model_on_another_number_of_ranks(run):
     assert again["loss"] < first["loss"] - 0.3
 
 
+def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is_said(run):
+    folder, _ = run
+    document = json.loads((folder / "four.json").read_text())
+    document["memory"]["policies"] = {"full": {"activation_bytes_per_token": 1, "compute_factor": 1.3}}
+    document["memory"]["memory_bytes"] *= 3
+    (folder / "more.json").write_text(json.dumps(document))
+    done = train(
+        folder, "--planner.profile", "more.json", "--train.steps", "2", "--run.dir", "more", "--run.compare_batches",
+        "0", "--planner.correct", "false", world_size=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "more.json: for 2 devices from a profile of 4: model_state_bytes sharded evenly" in done.stdout
+    assert "more.json: policies full are left out" in done.stdout
+    rows = [json.loads(line) for line in (folder / "more/metrics.jsonl").read_text().splitlines()]
+    assert all("ratios" not in row for row in rows)
+    assert all(set(degrees) <= {1, 2} for row in rows for degrees in row["micro_batches"])
+
+
+def test_what_a_run_learned_is_saved_and_the_next_one_in_its_folder_goes_on_from_it(run):
+    folder, said = run
+    learned = json.loads((folder / "out/profile.json").read_text())
+    base = json.loads((folder / "four.json").read_text())
+    ratio = learned["provenance"]["correction"]["linear"]
+    assert learned["compute"]["linear_s"] == pytest.approx(ratio * base["compute"]["linear_s"])
+    assert "profile: corrected after step" in said
+    done = train(
+        folder, "--train.steps", "1", "--run.compare_batches", "0", "--run.save_model", "false",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from what the last run in this folder learned, out/profile.json" in done.stdout
+
+
 def test_rows_with_masked_labels_train(run):
     """Prompts do not count: theirs is noise, which nobody learns; the ten sevens after it are learnt at once."""
     folder, _ = run
@@ -126,10 +165,10 @@ def test_rows_with_masked_labels_train(run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--planner.profile", "four.json"], "four.json: num_devices=4 is not world_size=2; use a profile of 2"),
+        (["--planner.profile", "none.json"], "none.json: cannot be read"),
         (["--train.stepz", "1"], "train.stepz is unknown"),
         (["--data.overlong", "error"], "exceeds max_length=2048, as do"),
-        (["--data.max_length", "4K"], "max_length=4096 tokens fit into no group: the most"),
+        (["--data.max_length", "4K"], "data.max_length=4096 tokens fit into no group: the most that any degree"),
         (["--planner.sp_degrees", "[1, 3]"], "degrees that work: [1, 2]"),
         (["--model.config.attention_dropout", "0.1"], "dropout makes loss and gradients depend on the plan"),
         (["--model.config.vocab_size", "100"], "token id 255 is beyond vocab_size=100"),

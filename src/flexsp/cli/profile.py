@@ -20,6 +20,9 @@ def add_to(commands: Any) -> None:
         "--probe-tokens", metavar="TOKENS", help="tokens a rank in the largest row (default: 2K; 32K on CUDA)"
     )
     parser.add_argument("--activation-checkpointing", action="store_true", help="recompute layers in the backward")
+    parser.add_argument(
+        "--shard-layers", action=argparse.BooleanOptionalAction, default=True, help="gather parameters layer by layer"
+    )
     parser.add_argument("--memory-fraction", type=float, default=0.9, metavar="F", help="of a rank's memory (0.9)")
     parser.add_argument("--max-tokens-per-rank", metavar="TOKENS", help="an artificial memory limit")
     parser.add_argument(
@@ -49,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             sp_degrees=_degrees(arguments.sp_degrees),
             probe_tokens=tokens(arguments.probe_tokens, "--probe-tokens"),
             activation_checkpointing=arguments.activation_checkpointing,
+            shard_layers=arguments.shard_layers,
             memory_fraction=arguments.memory_fraction,
             max_tokens_per_rank=tokens(arguments.max_tokens_per_rank, "--max-tokens-per-rank"),
             cluster=arguments.cluster,

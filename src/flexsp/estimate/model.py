@@ -57,7 +57,7 @@ def estimate_profile(
     per_micro_batch_s, per_step_s = seconds.parameter_traffic_s(shape, cluster, dtype, zero_stage, reduce_dtype)
     per_token = shape.activation_bytes_per_token("none", DTYPES[dtype])
     return Profile(
-        name=f"{shape.name} on {cluster.num_devices} x {cluster.device}, estimated",
+        name=f"{shape.name} on {cluster.num_devices} x {cluster.device}",
         num_devices=cluster.num_devices,
         devices_per_node=min(cluster.devices_per_node, cluster.num_devices),
         sp_degrees=degrees,

@@ -84,6 +84,7 @@ def measure_layers(
     memory_fraction: float = 0.9,
     param_dtype: torch.dtype | None = None,
     activation_checkpointing: bool = False,
+    shard_layers: bool = True,
     max_tokens_per_rank: int | None = None,
     track: Track = silent,
 ) -> Profile:
@@ -98,6 +99,7 @@ def measure_layers(
         memory_fraction: of a rank's memory that a plan may fill.
         param_dtype: what the model computes in; by default fp32.
         activation_checkpointing: recompute each layer in the backward.
+        shard_layers: gather parameters layer by layer, as `prepare_model` has it.
         max_tokens_per_rank: an artificial memory limit.
         track: shows progress.
 
@@ -113,7 +115,12 @@ def measure_layers(
     for part in parts_of(shape):
         vocabulary = max(1, round(part.head * shape.vocab_size))
         model = build_part(config, part.layers, vocabulary, probe_tokens * max(sp_degrees), device)
-        prepare_model(model, param_dtype=param_dtype, activation_checkpointing=activation_checkpointing)
+        prepare_model(
+            model,
+            param_dtype=param_dtype,
+            activation_checkpointing=activation_checkpointing,
+            shard_layers=shard_layers,
+        )
         probe = Probe(model, groups, part)
         done.append(_run_part(probe, shape, probe_tokens, sp_degrees, limit, dtype, track, first=not done))
         del model, probe
@@ -221,15 +228,19 @@ def build_part(config: PreTrainedConfig, layers: int, vocabulary: int, longest: 
         device: where it is built.
     """
     fields = config.to_dict()
-    count = config.get_text_config().num_hidden_layers
-    fields = {key: value[:layers] if isinstance(value, list) and len(value) == count else value for key, value in fields.items()}  # fmt: skip  # noqa: E501
+    text, text_config = fields.get("text_config") or fields, config.get_text_config()
+    count, name_of = text_config.num_hidden_layers, text_config.attribute_map
+    for key, value in text.items():
+        if isinstance(value, list) and len(value) == count:  # what is said layer by layer
+            text[key] = value[:layers]
+    text[name_of.get("num_hidden_layers", "num_hidden_layers")] = layers
+    text[name_of.get("vocab_size", "vocab_size")] = vocabulary
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        text[key] = None
+    positions = name_of.get("max_position_embeddings", "max_position_embeddings")
+    if text.get(positions) is not None:
+        text[positions] = max(text[positions], longest)
     part = type(config).from_dict(fields)
-    text = part.get_text_config()
-    text.num_hidden_layers, text.vocab_size = layers, vocabulary
-    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None:
-        text.max_position_embeddings = max(positions, longest)
     torch.manual_seed(0)
     try:
         with device:

@@ -142,7 +142,7 @@ def read_points(
             row = f"sp_degree {item.degree}, {item.count} x {len(item.lengths)} of {item.lengths[0]:,} tokens"
             say(f"{row}: {readings[-1].seconds:.4f} s")
         else:
-            tried.append((item, statistics.median(probe.times([item]))))
+            tried.append((item, statistics.fmean(probe.times([item]))))
             say(f"mixed, held out: {tried[-1][1]:.4f} s")
     return readings, tried
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +21,11 @@ from flexsp.profiler.points import Layout, Part, Point, batch_of
 
 ROW_LENGTH = 512
 """Tokens of the sequences in a row whose memory is measured: attention's time would grow with longer ones."""
-REPEATS = 3
-"""Timings of a point, of which the median counts."""
+LEAST_REPEATS, MOST_REPEATS = 4, 10
+"""Timings of a point. Of them the mean of all but the slowest counts: a step is a sum of many, and on a busy machine
+the slow ones are part of it, so that a median would be too low."""
+ENOUGH_S = 1.5
+"""After so long a point is not timed more often than it must be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +35,9 @@ class Reading:
     point: Point
     part: Part
     seconds: float
-    """Median over the repeats, of the slowest rank."""
+    """Mean over all repeats but the slowest, each of the slowest rank."""
     spread: float
-    """Largest over least of the repeats, less 1: how noisy it was."""
+    """Largest over least of those, less 1, over the root of their number: how noisy the mean is."""
 
 
 Say = Callable[[str], None]
@@ -59,15 +63,17 @@ class Probe:
     def read(self, point: Point) -> Reading:
         """Times a point, after a warm-up."""
         taken = self.times(point.layouts(self.world_size))
-        return Reading(
-            point=point, part=self.part, seconds=statistics.median(taken), spread=max(taken) / min(taken) - 1.0
-        )
+        noise = (taken[-1] / taken[0] - 1.0) / math.sqrt(len(taken))
+        return Reading(point=point, part=self.part, seconds=statistics.fmean(taken), spread=noise)
 
     def times(self, layouts: Sequence[Layout]) -> list[float]:
-        """Seconds of the slowest rank, `REPEATS` times, after a warm-up."""
+        """Seconds of the slowest rank after a warm-up, ascending, the slowest time left out."""
         batch = self.batch(layouts)
         timed_step(self.model, batch, self.groups)
-        return [timed_step(self.model, batch, self.groups) for _ in range(REPEATS)]
+        taken: list[float] = []  # the same on all ranks, so that all stop alike
+        while len(taken) < LEAST_REPEATS or (len(taken) < MOST_REPEATS and sum(taken) < ENOUGH_S):
+            taken.append(timed_step(self.model, batch, self.groups))
+        return sorted(taken)[:-1]
 
     def run(self, tokens: int) -> None:
         """Forward and backward of a row of so many tokens on every rank, by itself, in sequences of `ROW_LENGTH`."""
@@ -87,7 +93,7 @@ class Probe:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
         forward_backward(self.model, self.batch(Point(1, (1,)).layouts(self.world_size)), self.groups)
         taken = []
-        for _ in range(REPEATS + 1):
+        for _ in range(LEAST_REPEATS + 1):
             dist.barrier(group=self.groups.control)
             began = time.perf_counter()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -120,7 +126,7 @@ class Probe:
                 torch.zeros(tokens * degree, width // degree, dtype=dtype, device=self.device) for width in columns
             )
             times = []
-            for _ in range(REPEATS + 1):
+            for _ in range(LEAST_REPEATS + 1):
                 dist.barrier(group=group)
                 began = time.perf_counter()
                 for rows in (there, back, back, there):

@@ -12,7 +12,7 @@ from flexsp.parallel.clock import BusyClock
 from flexsp.plans import Group
 from flexsp.profile import Profile
 
-HEADROOM = 0.9
+HEADROOM = 0.75
 """What the raised estimate leaves free of the room that was too little."""
 LEAST_PROGRESS = 0.1
 """Of a forward pass: a failure earlier than this is not taken to mean a need of more than ten times the room."""

@@ -37,6 +37,7 @@ class ProfileRequest:
     sp_degrees: list[int]
     probe_tokens: int | None
     activation_checkpointing: bool
+    shard_layers: bool
     memory_fraction: float
     max_tokens_per_rank: int | None
     cluster: str | None
@@ -81,6 +82,7 @@ def profile_model(request: ProfileRequest) -> int:
             memory_fraction=request.memory_fraction,
             param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
             activation_checkpointing=request.activation_checkpointing,
+            shard_layers=request.shard_layers,
             max_tokens_per_rank=request.max_tokens_per_rank,
             track=display.tell,
         )

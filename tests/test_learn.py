@@ -1,0 +1,195 @@
+"""What a run learns: where it goes on from, what it raises when memory was underrated, and what the error says."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from equality_ranks import pool
+from flexsp import Profile
+from flexsp.data import PlannedBatch
+from flexsp.parallel import StepResult
+from flexsp.parallel.clock import BusyClock, MicroBatchTime
+from flexsp.plans import Group, MicroBatch, Plan
+from flexsp.train.learn import FILE, Learner, go_on, profile_sha256
+from flexsp.train.out_of_memory import HEADROOM, describe, is_out_of_memory, raised_activation_bytes
+from flexsp.train.ranks import joined_ranks
+from profiles import profile
+from test_train import CONFIG
+
+
+def learned_from(base: Profile, folder: Path) -> Profile:
+    """What a run in `folder` that started from `base` has saved."""
+    learned = replace(
+        base,
+        compute=replace(base.compute, linear_s=7.0),
+        memory=replace(base.memory, activation_bytes_per_token=17),
+        provenance={**base.provenance, "started_from_sha256": profile_sha256(base)},
+    )
+    learned.save(folder / FILE)
+    return learned
+
+
+def test_a_run_goes_on_from_what_the_last_one_in_its_folder_learned(tmp_path):
+    base = profile()
+    assert go_on(base, tmp_path, correct=True) is base
+    learned = learned_from(base, tmp_path)
+    assert go_on(base, tmp_path, correct=True) == learned
+    other = replace(base, name="another")
+    assert go_on(other, tmp_path, correct=True) is other
+
+
+def test_without_correction_it_takes_over_the_memory_estimate_alone(tmp_path):
+    base = profile()
+    learned_from(base, tmp_path)
+    found = go_on(base, tmp_path, correct=False)
+    assert found.memory.activation_bytes_per_token == 17
+    assert found.compute == base.compute
+
+
+def test_failed_allocations_are_told_from_other_errors():
+    with pytest.raises(RuntimeError) as too_large:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(too_large.value)
+    with pytest.raises(MemoryError) as too_large:
+        np.empty(1 << 56)
+    assert is_out_of_memory(too_large.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.parametrize("progress", [0.05, 0.5, 1.0])
+def test_a_raised_estimate_forbids_what_ran_out(progress):
+    base = profile(capacity=1000)
+    raised = raised_activation_bytes(base, tokens_per_rank=600, progress=progress)
+    after = replace(base, memory=replace(base.memory, activation_bytes_per_token=raised))
+    assert after.capacity_tokens(1) <= 600 * HEADROOM
+    assert raised > base.memory.activation_bytes_per_token
+    if progress == 0.5:  # the room was full half way, so the whole needs twice as much
+        assert after.capacity_tokens(1) == pytest.approx(600 * HEADROOM / 2, rel=0.02)
+
+
+def two_groups() -> PlannedBatch:
+    plan = Plan(
+        num_devices=2,
+        micro_batches=(
+            MicroBatch(groups=(Group(ranks=(0,), sequences=(2,)),)),
+            MicroBatch(groups=(Group(ranks=(0, 1), sequences=(0, 1)),)),
+        ),
+    )
+    return PlannedBatch(step=7, sequence_ids=np.arange(3), lengths=np.array([40, 50, 10]), plan=plan, source=None)
+
+
+def test_the_error_names_rank_group_and_lengths():
+    with joined_ranks(10):
+        clock = BusyClock(torch.device("cpu"))
+        clock.begin()
+        clock.begin()
+        text, raised = describe(two_groups(), clock, profile(2, capacity=100), num_layers=4)
+    assert "step 7: out of memory on rank 0 in micro-batch 1: its group of ranks 0-1 held 2 sequences" in text
+    assert "50, 40 tokens, 45 a rank" in text
+    assert raised == raised_activation_bytes(profile(2, capacity=100), 45.0, 1 / 4)
+
+
+class Peaks:
+    """A PeakMeter of a rank that held so many bytes."""
+
+    def __init__(self, peak: int) -> None:
+        self.peak = peak
+
+    def peak_bytes(self) -> int:
+        return self.peak
+
+
+def learned_on_ranks(folder: str, peaks: list[int]) -> tuple[Profile | None, dict]:
+    world_size = dist.get_world_size()
+    base = profile(world_size, capacity=100)
+    learner = Learner(base, base, pool(), torch.device("cpu"), Path(folder), correct=True)
+    learner._meter = Peaks(peaks[dist.get_rank()])
+    batch = two_groups()
+    # the first rank works alone in the first micro-batch; both share the second
+    busy = [[0.3, 0.5], [0.0, 0.4]][dist.get_rank()]
+    times = tuple(MicroBatchTime(elapsed_s=1.0, busy_s=b) for b in busy)
+    new, metrics = learner.learn(batch, StepResult(loss=1.0, num_labels=1, times=times))
+    assert learner.profile == (new or base)
+    return new, metrics
+
+
+def test_all_ranks_learn_the_same_and_rank_0_has_the_metrics(ranks, tmp_path):
+    (new, metrics), (other, nothing) = ranks(2).run(learned_on_ranks, str(tmp_path), [1200, 1000])
+    assert new == other
+    assert nothing == {}
+    assert metrics["micro_batch_s"] == (1.0, 1.0)
+    assert metrics["group_s"] == ((0.3,), (0.5,))
+    assert metrics["peak_bytes"] == 1200
+    assert metrics["predicted_peak_bytes"] == 1000 + 10 * 45  # half of 90 tokens
+    assert metrics["ratios"]["attention"] > 1.0  # what took 0.3 s was predicted to take 0.011 s
+    saved = Profile.load(tmp_path / FILE)
+    assert saved == new
+    assert saved.memory.activation_bytes_per_token == 10
+    assert go_on(profile(2, capacity=100), tmp_path, correct=True) == new
+
+
+def test_a_peak_above_the_predicted_one_raises_the_estimate(ranks, tmp_path):
+    (new, _), _ = ranks(2).run(learned_on_ranks, str(tmp_path), [1000, 1900])
+    assert new.memory.activation_bytes_per_token == 900 / 45
+
+
+def train_within(folder: Path, data_bytes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks whose processes may hold so many bytes of data: real allocations fail beyond."""
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "flexsp", "train", "config.toml")
+    flags = (
+        "--planner.max_tokens_per_rank", "0", "--planner.sp_degrees", "[1, 2]", "--train.steps", "2",
+        "--train.batch_size", "96", "--run.compare_batches", "0", "--run.save_model", "false", *flags,
+    )  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *command, *flags],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+        check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes)),
+    )  # fmt: skip
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts all private memory on Linux alone")
+def test_running_out_of_memory_is_one_error_and_the_next_run_plans_within_the_raised_estimate(tmp_path):
+    """A process limit, real allocations: first a run that measures its profile and keeps within it, then a profile that
+    underrates activations twentyfold."""
+    limit = 900 * 2**20
+    wide = CONFIG.replace("hidden_size = 32, intermediate_size = 64", "hidden_size = 64, intermediate_size = 512")
+    (tmp_path / "config.toml").write_text(wide)
+    measured = train_within(tmp_path, limit)
+    assert measured.returncode == 0, measured.stderr[-3000:]
+    (saved,) = (tmp_path / "profiles").iterdir()
+    document = json.loads(saved.read_text())
+    assert "of the process's limit of" in document["provenance"]["memory_limit"]
+    document["memory"]["activation_bytes_per_token"] //= 20
+    (tmp_path / "wrong.json").write_text(json.dumps(document))
+
+    estimates = [document["memory"]["activation_bytes_per_token"]]
+    for _ in range(4):
+        run = train_within(tmp_path, limit, "--planner.profile", "wrong.json", "--run.dir", "wrong")
+        if run.returncode == 0:
+            break
+        ours = [line for line in run.stderr.splitlines() if line.startswith("flexsp train:")]
+        assert len(ours) == 1, run.stderr[-3000:]
+        assert "out of memory on rank" in ours[0]
+        assert "tokens" in ours[0] and "start the same command again" in ours[0]
+        assert "flexsp/" not in run.stderr  # no traceback of ours on any rank
+        estimates.append(Profile.load(tmp_path / "wrong" / FILE).memory.activation_bytes_per_token)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(estimates) > 1, "the underrated profile did not run out of memory"
+    assert estimates == sorted(set(estimates))
+    assert "going on from what the last run in this folder learned" in run.stdout
+    rows = [json.loads(line) for line in (tmp_path / "wrong/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(row["peak_bytes"] <= limit for row in rows)

@@ -1,0 +1,129 @@
+"""`flexsp profile` from the command line, as torchrun starts it, and the parts of a model that it builds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import flexsp
+from flexsp import Profile
+from flexsp.cli.main import main
+from flexsp.estimate import model_shape
+from flexsp.parallel.model import check_model
+from flexsp.profiler.layers import SMALL_VOCABULARY, build_part, needed_bytes, parts_of, read_model_config
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 3000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def measure(folder: Path, *flags: str, world_size: int = 2) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(world_size), "-m", "flexsp", "profile"]
+    return subprocess.run(
+        [sys.executable, *command, "config.json", "--output", "profile.json", *flags], cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+def test_a_model_is_measured_by_few_of_its_layers_and_the_rest_of_a_cluster_estimated(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    done = measure(tmp_path, "--probe-tokens", "128", "--cluster", "h100", "--num-devices", "8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "measuring will hold about" in done.stdout.splitlines()[0]
+    assert "saved as profile.json" in done.stdout.splitlines()[-1]
+    profile = Profile.load(tmp_path / "profile.json")
+    provenance = profile.provenance
+    assert (profile.num_devices, profile.sp_degrees) == (8, (1, 2, 4))
+    assert provenance["source"] == "mixed"
+    assert provenance["fields"]["compute.linear_s"] == "measured"
+    assert provenance["fields"]["all_to_all.bandwidth_bytes_per_s.2"] == "measured"
+    assert provenance["fields"]["all_to_all.bandwidth_bytes_per_s.4"].startswith("estimated")
+    assert "measured on 3, 1, 1 layers with vocabularies of 1024, 1024, 3000" in provenance["assumptions"][0]
+    assert {(p["layers"], round(p["head"] * 3000)) for p in provenance["points"]} == {(3, 1024), (1, 1024), (1, 3000)}
+    assert all(p["layers"] == 3 for p in provenance["points"] if p["degree"] > 1)
+    assert provenance["fit"]["held_out"] == 6
+    assert flexsp.plan([100, 900, 60], profile).has_plan
+    assert main(["show", str(tmp_path / "profile.json")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sp-degrees", "3"], "sp_degree=3 cannot be served with num_attention_heads=4 on world_size=1"),
+        (["--sp-degrees", "1,x"], "--sp-degrees='1,x' must be positive integers"),
+        (["--probe-tokens", "900000K"], "--probe-tokens=921600000: measuring would hold about"),
+        (["--num-devices", "8"], "--num-devices=8 needs --cluster"),
+        (["--cluster", "toaster"], "cluster='toaster' is unknown; choose one of a100-40"),
+        (["--memory-fraction", "0"], "--memory-fraction=0.0 must be above 0"),
+    ],
+)
+def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, message):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert main(["profile", str(tmp_path), "--output", str(tmp_path / "p.json"), *flags]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert message in said[0]
+    assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"config.json: is not JSON"),
+        ('{"model_type": "nonesuch"}', r"config.json: transformers cannot make a config of it"),
+        ('{"hidden_size": 3}', r"config.json: transformers cannot make a config of it"),
+    ],
+)
+def test_a_broken_config_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_model_config(tmp_path)
+    assert len(str(raised.value).splitlines()) == 1 or "model_type" in str(raised.value)
+
+
+KINDS = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "olmo2": {},
+    "granite": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_has_as_many_layers_and_as_large_a_vocabulary_as_asked(kind):
+    fields = {**LLAMA, "pad_token_id": 2999, **KINDS[kind]}
+    fields.pop("model_type")
+    config = AutoConfig.for_model(kind, **fields)
+    before = config.to_dict()
+    model = build_part(config, layers=2, vocabulary=50, longest=5000, device=torch.device("cpu"))
+    check_model(model)
+    whole = model_shape(before)
+    part = model_shape(model.config.to_dict())
+    assert (part.num_layers, part.vocab_size) == (2, 50)
+    assert part.layer_parameters == whole.layer_parameters
+    assert sum(p.numel() for p in model.parameters()) == part.num_parameters
+    assert model.config.max_position_embeddings == 5000
+    assert config.to_dict() == before
+
+
+def test_the_parts_tell_layers_and_head_apart_and_are_small():
+    shape = model_shape({**LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+                         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8})  # fmt: skip
+    parts = parts_of(shape)
+    assert [part.layers for part in parts] == [3, 1, 1]
+    assert [round(part.head * 128256) for part in parts] == [SMALL_VOCABULARY, SMALL_VOCABULARY, 128256]
+    whole = 16 * shape.num_parameters
+    assert needed_bytes(shape, 1024, 2) < 0.4 * whole
+    assert needed_bytes(shape, 65536, 2) > needed_bytes(shape, 1024, 2)
+    (only,) = parts_of(model_shape({**LLAMA, "vocab_size": 256, "num_hidden_layers": 2}))
+    assert only.whole
