@@ -38,9 +38,10 @@ def show_plan(plan: Plan, lengths: LengthArray, profile: Profile, console: Conso
     console.print(table)
     _say(console, "idle: share of the micro-batch that a group waits for the slowest; memory: tokens over capacity")
     gap = "" if plan.gap is None else f" (at most {plan.gap:.1%} above the optimum)"
+    by_tables = "" if plan.predicted_table_s is None else f" ({plan.predicted_table_s:.4g} s by the measured tables)"
     _say(
         console,
-        f"{plan.planner}: predicted {plan.predicted_s:.4g} s, bound {plan.lower_bound_s:.4g} s{gap}; "
+        f"{plan.planner}: predicted {plan.predicted_s:.4g} s{by_tables}, bound {plan.lower_bound_s:.4g} s{gap}; "
         f"planned in {plan.solve_s:.3g} s",
     )
 

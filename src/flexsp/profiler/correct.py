@@ -4,12 +4,14 @@ A term of the cost model (attention, everything else that grows with tokens, the
 of a micro-batch) is predicted in seconds; the unknown is by what ratio it is off. Each step gives equations:
 
     group        what its slowest rank was busy = sum over terms of ratio * predicted seconds + own * fixed_s
-    micro-batch  elapsed                        = fixed ratio * fixed_s + its slowest group, less own * fixed_s
+    micro-batch  elapsed                        = ratio * fixed_s + the largest of its groups' sums without `own`
 
-`own` is the part of the fixed cost that a rank spends inside its layers: launches, not gathers. Equations are summed
-into normal equations that forget with time, each over its own seconds, far ones weighing less (Huber's weights), with a
-pull towards 1 for what the plans do not tell apart. The ratios are their solution within bounds: a recursive least
-squares fit that a stalled step cannot throw off. Pure: no clock, no ranks.
+`own` is the part of the fixed cost that a rank spends inside its layers: launches, not gathers. The second equation
+takes what the ratios say of the groups, not what was measured: the slowest of many noisy groups takes longer than any
+of them does on average, and a micro-batch pays for that every time, so it belongs to its fixed cost. Equations are
+summed into normal equations that forget with time, each over its own seconds, far ones weighing less (Huber's weights),
+with a pull towards 1 for what the plans do not tell apart. The ratios are their solution within bounds: a recursive
+least squares fit that a stalled step cannot throw off. Pure: no clock, no ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from scipy.optimize import lsq_linear
@@ -85,10 +88,15 @@ class Correction:
 
     def observe(self, plan: Plan, lengths: LengthArray, times: StepTimes) -> Profile | None:
         """Takes in one step; the corrected profile where a ratio has moved since the last one, else None."""
-        rows, taken = self._groups(plan, lengths, times)
-        if not rows:
+        rows = self._rows(plan, lengths)
+        pairs = [
+            (row, s)
+            for row, s in zip(chain.from_iterable(rows), chain.from_iterable(times.group_s), strict=True)
+            if s > 0.0
+        ]
+        if not pairs:
             return None
-        x, y = np.array(rows), np.array(taken)
+        x, y = np.array([row for row, _ in pairs]), np.array([s for _, s in pairs])
         predicted = np.maximum(x @ self._ratios, 1e-9)
         errors = np.abs(y / predicted - 1.0)
         own_usual = 1.4826 * float(np.median(errors))
@@ -106,24 +114,23 @@ class Correction:
         self._normal = FORGET * self._normal + (x * weights[:, None]).T @ x
         self._right = FORGET * self._right + x.T @ (weights * y)
         self._solve()
-        self._observe_fixed(plan, times)
+        self._observe_fixed(rows, times)
         now = self.ratios
         if all(abs(now[name] / self._applied[name] - 1.0) <= MOVED for name in now):
             return None
         self._applied = now
         return corrected(self.base, now)
 
-    def _groups(self, plan: Plan, lengths: LengthArray, times: StepTimes) -> tuple[list[FloatArray], list[float]]:
-        """Predicted seconds by term and measured seconds, of every group."""
+    def _rows(self, plan: Plan, lengths: LengthArray) -> list[list[FloatArray]]:
+        """Predicted seconds by term, of every group of every micro-batch."""
         compute, exchange = self.base.compute, self.base.exchange_s_per_token
-        rows, taken = [], []
-        for micro_batch, seconds in zip(plan.micro_batches, times.group_s, strict=True):
+        rows: list[list[FloatArray]] = []
+        for micro_batch in plan.micro_batches:
             policy = micro_batch.policy
             factor = self.base.memory.policies[policy].compute_factor if policy else 1.0
-            for group, group_s in zip(micro_batch.groups, seconds, strict=True):
+            rows.append([])
+            for group in micro_batch.groups:
                 degree, tokens = group.sp_degree, lengths[list(group.sequences)].astype(np.float64)
-                if group_s <= 0.0:
-                    continue
                 row = np.zeros(len(self.names))
                 row[0] = factor * compute.quadratic_s * float((tokens * tokens).sum()) / degree
                 row[1] = factor * compute.linear_s * float(tokens.sum()) / degree
@@ -131,9 +138,8 @@ class Correction:
                 if degree > 1:
                     at = 3 + self._degrees.index(degree)
                     row[at] = float(tokens.sum()) * exchange(degree) + self.base.latency_s(degree)
-                rows.append(row)
-                taken.append(group_s)
-        return rows, taken
+                rows[-1].append(row)
+        return rows
 
     def _solve(self) -> None:
         """The ratios of all equations so far, within bounds."""
@@ -145,16 +151,18 @@ class Correction:
         low[OWN], high[OWN] = 0.0, 1.0
         self._ratios = lsq_linear(factor.T, right, bounds=(low, high), method="bvls").x
 
-    def _observe_fixed(self, plan: Plan, times: StepTimes) -> None:
-        """The fixed cost: what a micro-batch took beyond its slowest group."""
+    def _observe_fixed(self, rows: list[list[FloatArray]], times: StepTimes) -> None:
+        """The fixed cost: what a micro-batch took beyond what the ratios say of its slowest group."""
         fixed_s = self.base.compute.fixed_s
         if fixed_s <= 0.0:
             return
-        own = float(self._ratios[OWN])
-        for elapsed_s, group_s in zip(times.elapsed_s, times.group_s, strict=True):
-            ratio = min(max((elapsed_s - max(group_s)) / fixed_s + own, BOUNDS[0]), BOUNDS[1])
+        without_own = np.where(np.arange(len(self.names)) == OWN, 0.0, self._ratios)
+        forget = FORGET ** (1.0 / len(times.elapsed_s))
+        for elapsed_s, groups in zip(times.elapsed_s, rows, strict=True):
+            slowest_s = max((float(row @ without_own) for row in groups), default=0.0)
+            ratio = min(max((elapsed_s - slowest_s) / fixed_s, BOUNDS[0]), BOUNDS[1])
             weight = min(1.0, 0.5 / max(abs(ratio - self._fixed_ratio), 1e-12)) if self._fixed[0] else 1.0
-            self._fixed = FORGET ** (1.0 / len(times.elapsed_s)) * self._fixed + weight * np.array([1.0, ratio])
+            self._fixed = forget * self._fixed + weight * np.array([1.0, ratio])
             weight_sum, ratio_sum = self._fixed + PULL
             self._fixed_ratio = float(ratio_sum / weight_sum)
 

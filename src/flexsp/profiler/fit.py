@@ -29,6 +29,8 @@ ROUNDS = 20
 """Of Huber's weights; they settle in a few."""
 USUAL_ERROR = 0.02
 """Relative errors below this are never outliers, and a reading's noise never counts as less."""
+LEAST_WEIGHT = 0.1
+"""Of a reading, however noisy it was: one alone may speak of a coefficient."""
 EXCHANGE_WEIGHT = 0.3
 """Weight of an exchange timed by itself, relative to a reading: steps decide where they can tell."""
 TABLE_AT = 0.10
@@ -100,7 +102,7 @@ class Fit:
         self._readings = list(readings)
         rows = [self._row(reading) for reading in readings]
         seconds = [reading.seconds for reading in readings]
-        weights = [(USUAL_ERROR / max(USUAL_ERROR, reading.spread)) ** 2 for reading in readings]
+        weights = [max(LEAST_WEIGHT, (USUAL_ERROR / max(USUAL_ERROR, r.spread)) ** 2) for r in readings]
         layers = readings[0].part.layers if readings[0].part.whole else 1
         for degree, alone_s in exchange_s.items():
             row = np.zeros(len(rows[0]))

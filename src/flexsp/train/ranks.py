@@ -33,8 +33,12 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
     try:
         yield device
-    finally:
+    except ValueError:  # bad input, which all ranks find alike
         dist.destroy_process_group()
+        raise
+    # After another error nothing is torn down: other ranks may be in a collective, the word on the error would wait for
+    # them, and the process ends anyway.
+    dist.destroy_process_group()
 
 
 def first_to_say(text: str) -> bool:
