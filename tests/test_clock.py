@@ -86,6 +86,7 @@ def test_work_that_nothing_ends_ends_with_the_micro_batch(monkeypatch):
     clock.turn()
     out.sum().backward()  # enters at 30, and nothing leaves
     clock.begin()  # ends it at 40, begins at 50
+    clock.end()
     first, second = clock.read()
     assert first.busy_s == 20
     assert second.busy_s == 0

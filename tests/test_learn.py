@@ -18,7 +18,7 @@ import torch.distributed as dist
 from equality_ranks import pool
 from flexsp import Profile
 from flexsp.data import PlannedBatch
-from flexsp.parallel import StepResult
+from flexsp.parallel import RankError, StepResult
 from flexsp.parallel.clock import BusyClock, MicroBatchTime
 from flexsp.plans import Group, MicroBatch, Plan
 from flexsp.train.learn import FILE, Learner, go_on, profile_sha256
@@ -65,7 +65,10 @@ def test_failed_allocations_are_told_from_other_errors():
         np.empty(1 << 56)
     assert is_out_of_memory(too_large.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    # another rank's, of which all ranks are told: only that one ran out
+    assert not is_out_of_memory(RankError("step 3, rank 1: RuntimeError: can't allocate memory"))
 
 
 @pytest.mark.parametrize("progress", [0.05, 0.5, 1.0])
@@ -101,8 +104,17 @@ def test_the_error_names_rank_group_and_lengths():
     assert raised == raised_activation_bytes(profile(2, capacity=100), 45.0, 1 / 4)
 
 
+def test_after_the_micro_batches_it_is_the_optimizers_step_and_the_fullest_of_them():
+    with joined_ranks(10):
+        text, raised = describe(two_groups(), BusyClock(torch.device("cpu")), profile(2, capacity=100), num_layers=4)
+    assert "on rank 0 in the optimizer's step, after all micro-batches, 1 being its fullest: its group of ranks" in text
+    assert raised == raised_activation_bytes(profile(2, capacity=100), 45.0, 1.0)
+
+
 class Peaks:
     """A PeakMeter of a rank that held so many bytes."""
+
+    resets = True
 
     def __init__(self, peak: int) -> None:
         self.peak = peak
@@ -116,6 +128,7 @@ def learned_on_ranks(folder: str, peaks: list[int]) -> tuple[Profile | None, dic
     base = profile(world_size, capacity=100)
     learner = Learner(base, base, pool(), torch.device("cpu"), Path(folder), correct=True)
     learner._meter = Peaks(peaks[dist.get_rank()])
+    learner.computed()
     batch = two_groups()
     # the first rank works alone in the first micro-batch; both share the second
     busy = [[0.3, 0.5], [0.0, 0.4]][dist.get_rank()]
@@ -143,6 +156,34 @@ def test_all_ranks_learn_the_same_and_rank_0_has_the_metrics(ranks, tmp_path):
 def test_a_peak_above_the_predicted_one_raises_the_estimate(ranks, tmp_path):
     (new, _), _ = ranks(2).run(learned_on_ranks, str(tmp_path), [1000, 1900])
     assert new.memory.activation_bytes_per_token == 900 / 45
+
+
+def learned_when_hardly_filled(folder: str) -> Profile | None:
+    base = profile(dist.get_world_size(), capacity=10_000)  # of which 45 tokens are hardly any
+    learner = Learner(base, base, pool(), torch.device("cpu"), Path(folder), correct=False)
+    learner._meter = Peaks(50_000)
+    learner.computed()
+    times = (MicroBatchTime(elapsed_s=1.0, busy_s=0.5),) * 2
+    return learner.learn(two_groups(), StepResult(loss=1.0, num_labels=1, times=times))[0]
+
+
+def test_a_rank_that_was_hardly_filled_says_nothing_of_a_tokens_bytes(ranks, tmp_path):
+    assert ranks(2).run(learned_when_hardly_filled, str(tmp_path)) == [None, None]
+
+
+def learned_without_a_folder(folder: str) -> str:
+    try:
+        learned_on_ranks(folder, [1200, 1000])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_profile_that_cannot_be_saved_is_an_error_on_all_ranks(ranks, tmp_path):
+    (tmp_path / "file").write_text("")
+    for said in ranks(2).run(learned_without_a_folder, str(tmp_path / "file")):
+        assert said.startswith("step 7: the profile could not be corrected or saved")
+        assert "cannot be written" in said
 
 
 def train_within(folder: Path, data_bytes: int, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -176,7 +217,7 @@ def test_running_out_of_memory_is_one_error_and_the_next_run_plans_within_the_ra
     (tmp_path / "wrong.json").write_text(json.dumps(document))
 
     estimates = [document["memory"]["activation_bytes_per_token"]]
-    for _ in range(4):
+    for _ in range(6):
         run = train_within(tmp_path, limit, "--planner.profile", "wrong.json", "--run.dir", "wrong")
         if run.returncode == 0:
             break

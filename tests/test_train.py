@@ -65,7 +65,6 @@ def test_metrics_have_a_line_a_step_and_the_loss_falls(run):
         assert [len(groups) for groups in row["group_s"]] == [len(degrees) for degrees in row["micro_batches"]]
         assert sum(row["predicted_micro_batch_s"]) == pytest.approx(row["predicted_s"])
         assert all(0 < max(groups) <= s for groups, s in zip(row["group_s"], row["micro_batch_s"], strict=True))
-        assert sum(row["micro_batch_s"]) <= row["step_s"]
     assert all(row["num_sequences"] == 16 for row in rows)
     assert all(sum(degrees) <= 4 for row in rows for degrees in row["micro_batches"])
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5

@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from flexsp import jsonfields as jf
+
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,7 @@ class Table:
     seconds_per_token: tuple[float, ...]
     """Of the group, exchange included, the micro-batch's fixed cost apart; one for each length."""
 
-    def at(self, lengths: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def at(self, lengths: FloatArray) -> FloatArray:
         """Seconds a token at these lengths: between two measured ones on a line over the logarithm of the length."""
         return np.asarray(np.interp(np.log(lengths), np.log(self.lengths), self.seconds_per_token))
 
@@ -159,20 +162,24 @@ class Profile:
         return factor * work_s / degree + tokens * self.exchange_s_per_token(degree) + self.latency_s(degree)
 
     def group_table_s(self, degree: int, lengths: Sequence[int], policy: str | None = None) -> float:
-        """Seconds of a group by the measured table of its degree; by the formula where there is none.
-
-        Beyond the longest length measured, attention goes on growing as the formula says.
-        """
-        table = self.tables.get(degree)
-        if table is None:
+        """Seconds of a group by the measured table of its degree; by the formula where there is none."""
+        if degree not in self.tables:
             return self.group_s(degree, lengths, policy)
         tokens = np.asarray(lengths, dtype=np.float64)
-        beyond = np.maximum(tokens - table.lengths[-1], 0.0) * self.compute.quadratic_s / degree
-        seconds = float(((table.at(tokens) + beyond) * tokens).sum())
+        seconds = float((self.table_s_per_token(degree, tokens) * tokens).sum())
         if policy:
             work_s = float(((self.compute.quadratic_s * tokens + self.compute.linear_s) * tokens).sum())
             seconds += (self.memory.policies[policy].compute_factor - 1.0) * work_s / degree
         return seconds
+
+    def table_s_per_token(self, degree: int, tokens: FloatArray) -> FloatArray:
+        """(n,) seconds a token by the table of a degree at (n,) lengths.
+
+        Beyond the longest length measured, attention goes on growing as the formula says.
+        """
+        table = self.tables[degree]
+        beyond = np.maximum(tokens - table.lengths[-1], 0.0) * self.compute.quadratic_s / degree
+        return np.asarray(table.at(tokens) + beyond)
 
     def activation_bytes_per_token(self, policy: str | None = None) -> float:
         return (

@@ -35,7 +35,7 @@ class MicroBatchTime:
 
 
 class BusyClock:
-    """The clock of one model on one rank; `install` makes it, `forward_backward` runs it: `begin`, `turn`, `read`."""
+    """The clock of one model on one rank. `forward_backward` runs it: `begin`, `turn` a micro-batch; `end`, `read`."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -43,6 +43,7 @@ class BusyClock:
         self._busy: list[list[tuple[Any, Any]]] = []
         self._depth = 0
         self._entered: Any = None
+        self._ended: Any = None
         self._forward = False
         self._has_head = False
         self.layers_done = 0
@@ -85,10 +86,14 @@ class BusyClock:
             self._busy[-1].append((self._entered, self._now()))
         self._depth = 0
 
-    def read(self) -> tuple[MicroBatchTime, ...]:
-        """The micro-batches since the last reading, the last of which ends now. On CUDA it waits for the device."""
+    def end(self) -> None:
+        """The last micro-batch ends."""
         self._close()
-        ends = [*self._begins[1:], self._now()]
+        self._ended = self._now()
+
+    def read(self) -> tuple[MicroBatchTime, ...]:
+        """The micro-batches since the last reading, after `end`. On CUDA it waits for the device."""
+        ends = [*self._begins[1:], self._ended]
         if self._cuda:
             torch.cuda.synchronize()
         times = tuple(

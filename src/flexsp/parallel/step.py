@@ -69,9 +69,10 @@ def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupP
         # FSDP2 averages gradients over the ranks; we want their sum over the labels of the global batch
         (loss_sum * (dist.get_world_size() / num_labels)).backward()
         total += loss_sum.detach()
-    times = clock.read()
+    clock.end()
     dist.all_reduce(total)
-    return StepResult(loss=total.item() / num_labels, num_labels=num_labels, times=times)
+    loss = total.item() / num_labels  # waits for the device, so that reading the clock does not
+    return StepResult(loss=loss, num_labels=num_labels, times=clock.read())
 
 
 def _read(batch: PlannedBatch) -> list[RankMicroBatch]:

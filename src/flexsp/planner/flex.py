@@ -26,6 +26,7 @@ import numpy as np
 
 from flexsp.lengths import LengthArray
 from flexsp.planner.assemble import MicroBatchChoice, assemble, infeasible, too_long
+from flexsp.planner.by_tables import localized
 from flexsp.planner.degrees import usable_degrees
 from flexsp.planner.loosen import loosened
 from flexsp.planner.placement import few_layouts
@@ -59,6 +60,9 @@ FEW = 24
 def plan_flex(lengths: LengthArray, profile: Profile, time_limit_s: float | None = None) -> Plan:
     """Mixed degrees by search; deterministic without a time limit.
 
+    Where the profile has measured tables, the search runs twice, under the formula and under one fitted to the tables
+    at this batch's lengths, and the tables choose between the two plans.
+
     Args:
         lengths: (K,) tokens.
         profile: the cost model.
@@ -75,6 +79,22 @@ def plan_flex(lengths: LengthArray, profile: Profile, time_limit_s: float | None
     if reason := too_long(lengths, profile, degrees, policies):
         return infeasible("flex", lengths, profile, reason, time.perf_counter() - began)
     deadline = None if time_limit_s is None else began + time_limit_s
+    if not profile.tables:
+        micro_batches = _found(lengths, profile, deadline, policies)
+        return assemble("flex", lengths, profile, micro_batches, time.perf_counter() - began)
+    half = None if time_limit_s is None else began + time_limit_s / 2
+    plans = [
+        assemble("flex", lengths, profile, _found(lengths, one, until, policies), time.perf_counter() - began)
+        for one, until in ((profile, half), (localized(profile, lengths), deadline))
+    ]
+    chosen = min(plans, key=lambda plan: plan.predicted_table_s or 0.0)
+    return replace(chosen, solve_s=plans[-1].solve_s)
+
+
+def _found(
+    lengths: LengthArray, profile: Profile, deadline: float | None, policies: list[str | None]
+) -> list[MicroBatchChoice]:
+    """The best that the search finds under the formula of `profile`."""
     best: _Search | None = None
     for choice in _with_less_choice(profile, lengths):
         search = _Search(_tables(lengths, choice), deadline)
@@ -82,8 +102,7 @@ def plan_flex(lengths: LengthArray, profile: Profile, time_limit_s: float | None
         if best is None or search.best_s < best.best_s:
             best = search
     assert best is not None
-    micro_batches = loosened(_choices(best, sorted_order(lengths), policies), lengths, profile)
-    return assemble("flex", lengths, profile, micro_batches, time.perf_counter() - began)
+    return loosened(_choices(best, sorted_order(lengths), policies), lengths, profile)
 
 
 def _with_less_choice(profile: Profile, lengths: LengthArray) -> list[Profile]:

@@ -26,8 +26,7 @@ from scipy.optimize import lsq_linear
 
 from flexsp.lengths import LengthArray
 from flexsp.plans import Plan
-from flexsp.profile import Profile
-from flexsp.profiler.fit import FloatArray
+from flexsp.profile import FloatArray, Profile
 
 FORGET = 0.97
 """What a step's equations weigh one step later."""

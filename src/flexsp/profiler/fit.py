@@ -16,14 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import lsq_linear
 
-from flexsp.profile import Table
+from flexsp.profile import FloatArray, Table
 from flexsp.profiler.points import Layout, Part
 from flexsp.profiler.probe import Reading
-
-FloatArray = npt.NDArray[np.float64]
 
 ROUNDS = 20
 """Of Huber's weights; they settle in a few."""
@@ -151,14 +148,14 @@ class Fit:
     def tables(self, layers: int) -> dict[int, Table]:
         """Measured seconds a token by length and degree, where the formula misses a row by `TABLE_AT`.
 
-        Rows of a part are put in proportion to what the fit says of it and of the model.
+        Rows are those of the first part, put in proportion to what the fit says of it and of the model.
         """
         whole = self.for_layers(layers)
         rows: dict[int, dict[int, float]] = {}
-        worst, least_head = 0.0, min(reading.part.head for reading in self._readings)
+        worst, first = 0.0, self._readings[0].part
         for reading, residual in zip(self._readings, self.residuals(), strict=True):
             point, length = reading.point, reading.point.alike
-            if length is None or reading.part.head > least_head:
+            if length is None or reading.part != first:
                 continue
             group_s = whole.group_s(point.degree, point.lengths)
             own_fixed_s = float(self._row(reading)[[0, -3, -2]] @ self._values[[0, -3, -2]])

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flexsp import jsonfields as jf
 from flexsp.estimate import ModelShape, model_shape
@@ -65,7 +66,13 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     fields = jf.read_object(file)
-    model_type = fields.pop("model_type", None)
+    model_type = jf.as_string(jf.required(fields, "model_type", str(file)), f"{file}: model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{file}: model_type={model_type!r} is unknown to transformers {transformers.__version__}; correct it, or "
+            f"install a version that knows it"
+        )
+    del fields["model_type"]
     try:
         config = AutoConfig.for_model(model_type, **fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -85,6 +92,7 @@ def measure_layers(
     param_dtype: torch.dtype | None = None,
     activation_checkpointing: bool = False,
     shard_layers: bool = True,
+    sharded_over: int | None = None,
     max_tokens_per_rank: int | None = None,
     track: Track = silent,
 ) -> Profile:
@@ -100,6 +108,7 @@ def measure_layers(
         param_dtype: what the model computes in; by default fp32.
         activation_checkpointing: recompute each layer in the backward.
         shard_layers: gather parameters layer by layer, as `prepare_model` has it.
+        sharded_over: devices over which the model states are taken to be sharded; by default the ranks.
         max_tokens_per_rank: an artificial memory limit.
         track: shows progress.
 
@@ -135,7 +144,9 @@ def measure_layers(
         {d: max(by.values()) / (probe_tokens * d) for d, by in first.alone.items()},
     )
     said = fit.for_part(first.part)
-    per_token, state_bytes, residual_bytes = whole_model_bytes(done, shape)
+    devices = sharded_over or dist.get_world_size()
+    per_token, residual_bytes = whole_model_tokens(done, shape)
+    state_bytes = whole_model_states(done, shape, devices, dtype.itemsize if shard_layers else None)
     measured = Measured(
         config=config,
         dtype=dtype,
@@ -144,7 +155,7 @@ def measure_layers(
         layers=1 if first.part.whole else shape.num_layers,
         exchange_bytes_per_s=alone_bytes_per_s(first.alone, probe_tokens, config, dtype),
         held_out=[said.layout_s(layout) / seconds - 1.0 for layout, seconds in first.tried],
-        optimizer_s=first.optimizer_s * WEIGHT_BYTES * shape.num_parameters / dist.get_world_size() / first.shard_bytes,
+        optimizer_s=first.optimizer_s * WEIGHT_BYTES * shape.num_parameters / devices / first.shard_bytes,
         state_bytes=state_bytes,
         activation_bytes_per_token=per_token,
         residual_bytes=residual_bytes,
@@ -252,24 +263,48 @@ def build_part(config: PreTrainedConfig, layers: int, vocabulary: int, longest: 
         ) from None
 
 
-def whole_model_bytes(done: Sequence[_PartDone], shape: ModelShape) -> tuple[float, float, float]:
-    """Activation bytes a token, bytes whatever the tokens, and the worst residual, of a rank of the whole model.
+def _by_difference(done: Sequence[_PartDone], values: Sequence[float], shape: ModelShape) -> float:
+    """What a number of each part comes to for the whole model: so much a layer, so much for head and embedding."""
+    first, last, whole = done[0].part, done[-1].part, values[0]
+    if first.whole:
+        return whole
+    one = next((value for each, value in zip(done[1:], values[1:], strict=True) if each.part.layers == 1), whole)
+    if first.layers > 1:
+        whole += (shape.num_layers - first.layers) * max(0.0, values[0] - one) / (first.layers - 1)
+    if last.head == 1.0 and first.head < 1.0:
+        whole += max(0.0, values[-1] - one)
+    return whole
 
-    What a part held at rest beyond its own shards of parameters and gradients (the process, whatever was gathered) is
-    taken as the most of any part.
+
+def whole_model_tokens(done: Sequence[_PartDone], shape: ModelShape) -> tuple[float, float]:
+    """Activation bytes a token, and the worst residual of a peak, of a rank of the whole model."""
+    per_token = _by_difference(done, [each.peaks.bytes_per_token for each in done], shape)
+    scale = per_token / max(1.0, done[0].peaks.bytes_per_token)
+    return per_token, scale * done[0].peaks.residual_bytes
+
+
+def whole_model_states(
+    done: Sequence[_PartDone], shape: ModelShape, devices: int, gathered_itemsize: int | None
+) -> float:
+    """Bytes of a rank of the whole model whatever the tokens.
+
+    Its share of 16 bytes a parameter, and what a part held at rest beyond its own shards of parameters and gradients:
+    the process, and whatever was gathered. Layer by layer that is the most of any part and a layer more (the one that
+    is fetched ahead); all at once it grows with the layers.
+
+    Args:
+        done: the parts.
+        shape: of the whole model.
+        devices: over which it is sharded.
+        gathered_itemsize: bytes of a gathered parameter; None where all are gathered at once.
     """
-    first = done[0]
-    per_token = first.peaks.bytes_per_token
-    if not first.part.whole:
-        one = next((each.peaks.bytes_per_token for each in done[1:] if each.part.layers == 1), per_token)
-        layers = first.part.layers
-        layer = max(0.0, per_token - one) / (layers - 1) if layers > 1 else 0.0
-        head = done[-1].peaks.bytes_per_token - one if done[-1].part.head == 1.0 and first.part.head < 1.0 else 0.0
-        per_token += (shape.num_layers - layers) * layer + max(0.0, head)
-    beside = max(each.peaks.at_rest_bytes - 2 * each.shard_bytes for each in done)
-    shards = WEIGHT_BYTES * shape.num_parameters / dist.get_world_size()
-    scale = per_token / max(1.0, first.peaks.bytes_per_token)
-    return per_token, max(0.0, beside) + (2 + OPTIMIZER_COPIES) * shards, scale * first.peaks.residual_bytes
+    beside = [max(0.0, each.peaks.at_rest_bytes - 2 * each.shard_bytes) for each in done]
+    if gathered_itemsize is None:
+        held = _by_difference(done, beside, shape)
+    else:
+        ahead = 0 if done[0].part.whole else gathered_itemsize * shape.layer_parameters
+        held = max(beside) + ahead
+    return held + (2 + OPTIMIZER_COPIES) * WEIGHT_BYTES * shape.num_parameters / devices
 
 
 def needed_bytes(shape: ModelShape, probe_tokens: int, itemsize: int) -> int:

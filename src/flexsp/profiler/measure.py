@@ -35,8 +35,10 @@ from flexsp.profiler.probe import Probe, Reading, Track, silent
 
 log = logging.getLogger(__name__)
 
-PROBE_TOKENS = 2048
+PROBE_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of a rank in the largest timed micro-batch, where its memory holds as many."""
+FIRST_TOKENS = 2048
+"""Tokens of a rank whose memory is measured before larger rows are tried."""
 HELD_OUT = 6
 """Mixed micro-batches on which the fit is tried."""
 
@@ -106,14 +108,19 @@ def measure_profile(
     check_degrees(sp_degrees, model.config, dist.get_world_size())
     began = time.perf_counter()
     dtype = param_dtype or next(model.parameters()).dtype
-    tokens = min(PROBE_TOKENS, max_tokens_per_rank or PROBE_TOKENS)
     probe = Probe(model, groups, Part(layers=model.config.get_text_config().num_hidden_layers, head=1.0, whole=True))
     limit = Limit(max_tokens_per_rank=max_tokens_per_rank, fraction=memory_fraction)
+    most = PROBE_TOKENS[probe.device.type]
+    tokens = min(most, FIRST_TOKENS, max_tokens_per_rank or most)
+    room_bytes = limit.room_bytes(probe.device)
+    peaks = measured_peaks(probe, tokens, room_bytes)
+    if room_bytes is not None:  # half of what the rank with the least room holds
+        held = int(-probe.largest(-room_bytes) / 2 - peaks.at_rest_bytes) // int(peaks.bytes_per_token)
+        tokens = max(tokens, min(most, held))
     layouts = held_out_layouts(tokens, sp_degrees, probe.world_size, HELD_OUT)
     readings, tried = read_points(probe, fit_points(tokens, sp_degrees), layouts, track)
     alone = exchange_alone(probe, tokens, sp_degrees, dtype)
     fit = Fit(readings, sp_degrees, {d: max(by.values()) / (tokens * d) for d, by in alone.items()})
-    peaks = measured_peaks(probe, tokens, limit.room_bytes(probe.device))
     measured = Measured(
         config=model.config,
         dtype=dtype,
@@ -166,9 +173,11 @@ def alone_bytes_per_s(
 def measured_peaks(probe: Probe, tokens: int, room_bytes: float | None) -> PeakFit:
     """The peaks of rows of up to `tokens`, and of four times as many where they fit into half of `room_bytes`."""
     sizes = [max(1, tokens // 4), max(2, tokens)]
+    least_bytes = 0.0
     if room_bytes is not None:
         sizes += [2 * tokens, 4 * tokens]
-    own = peak_fit(probe.run, sizes, probe.device, (room_bytes or 0.0) / 2, probe.largest)
+        least_bytes = -probe.largest(-room_bytes)  # what the rank with the least room has, so that all stop alike
+    own = peak_fit(probe.run, sizes, probe.device, least_bytes / 2, probe.largest)
     return PeakFit(
         bytes_per_token=probe.largest(own.bytes_per_token),
         at_rest_bytes=probe.largest(own.at_rest_bytes),

@@ -27,6 +27,8 @@ class PeakMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.resets = True
+        """Whether `reset` works here; else the peak is that of the whole run."""
 
     def reset(self, trim: bool = False) -> None:
         """From now on. `trim`: on a CPU, first hand back what the C library keeps of freed memory; that takes time."""
@@ -37,8 +39,8 @@ class PeakMeter:
             _trim()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew (Linux)
-        except OSError:  # then the mark only rises: the peak of the whole run, never too small
-            pass
+        except OSError:
+            self.resets = False
 
     def peak_bytes(self) -> int:
         if self._device.type == "cuda":

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from flexsp.profile import Profile
 
 
-def fill_from_estimate(measured: Profile, estimate: Profile, num_parameters: int) -> Profile:
+def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
     """The measured profile for the estimate's cluster: its degrees, nodes and number of devices.
 
     A device's own seconds and bytes stay measured. Degrees that were measured keep their exchange, where their group
     lies in one node there too; other degrees, and the gathers of more devices, are the estimate's.
 
     Args:
-        measured: of few devices.
+        measured: of few devices, but with the model states and the optimizer's step of the cluster's number of them.
         estimate: of the cluster, same model and type.
-        num_parameters: of the model.
-
-    Raises:
-        ValueError: the model states leave no room for activations.
     """
     own = {
         d
@@ -31,8 +26,6 @@ def fill_from_estimate(measured: Profile, estimate: Profile, num_parameters: int
     bandwidth, latency = estimate.all_to_all.bandwidth_bytes_per_s, estimate.all_to_all.latency_s
     same_size = measured.num_devices == estimate.num_devices
     fixed_s = measured.compute.fixed_s if same_size else max(measured.compute.fixed_s, estimate.compute.fixed_s)
-    shards = 16 * num_parameters
-    state_bytes = measured.memory.model_state_bytes - shards / measured.num_devices + shards / estimate.num_devices
     fields: dict[str, str] = {name: "measured" for name in (
         "compute.quadratic_s", "compute.linear_s", "memory.memory_bytes", "memory.activation_bytes_per_token",
     )}  # fmt: skip
@@ -47,13 +40,8 @@ def fill_from_estimate(measured: Profile, estimate: Profile, num_parameters: int
             field = "all_to_all.bandwidth_bytes_per_s"
             fields[f"{field}.{d}"] = "measured" if d in own else f"estimated: {_why(estimate, field)}"
     fields["all_to_all.latency_s"] = "as the bandwidth of the same degree"
-    fields["memory.model_state_bytes"] = (
-        f"measured on {measured.num_devices} devices; 16 bytes a parameter sharded over {estimate.num_devices} instead"
-    )
-    optimizer_s = measured.optimizer_s
-    if optimizer_s is not None:
-        optimizer_s *= measured.num_devices / estimate.num_devices
-        fields["optimizer_s"] = f"measured, for a share of 1/{estimate.num_devices} of the parameters"
+    share = f"measured on {measured.num_devices} devices, for a share of 1/{estimate.num_devices} of the parameters"
+    fields["memory.model_state_bytes"] = fields["optimizer_s"] = share
     return replace(
         estimate,
         name=f"{measured.name}, for {estimate.num_devices} devices of {estimate.provenance.get('device', 'a cluster')}",
@@ -65,8 +53,8 @@ def fill_from_estimate(measured: Profile, estimate: Profile, num_parameters: int
             },
             latency_s={d: measured.latency_s(d) if d in own else v for d, v in latency.items()},
         ),
-        memory=replace(measured.memory, model_state_bytes=math.ceil(max(0.0, state_bytes))),
-        optimizer_s=optimizer_s,
+        memory=measured.memory,
+        optimizer_s=measured.optimizer_s,
         tables={d: table for d, table in measured.tables.items() if d == 1 or d in own},
         provenance={
             **measured.provenance,

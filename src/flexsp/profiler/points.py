@@ -80,6 +80,8 @@ def held_out_layouts(tokens: int, degrees: Sequence[int], world_size: int, count
         start = 0
         while start < world_size:
             fitting = [d for d in degrees if start % d == 0 and start + d <= world_size]
+            if not fitting:  # the rest stays idle
+                break
             degree = draw.choice(fitting)
             layout.append((degree, tuple(_drawn_row(draw, tokens * degree))))
             start += degree

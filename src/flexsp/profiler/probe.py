@@ -24,7 +24,7 @@ ROW_LENGTH = 512
 LEAST_REPEATS, MOST_REPEATS = 4, 10
 """Timings of a point. Of them the mean of all but the slowest counts: a step is a sum of many, and on a busy machine
 the slow ones are part of it, so that a median would be too low."""
-ENOUGH_S = 1.5
+ENOUGH_S = 1.0
 """After so long a point is not timed more often than it must be."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,14 +148,18 @@ def build_profile(config: Config, model: PreTrainedModel, groups: GroupPool, dis
     return profile
 
 
-def check_profile(profile: Profile, config: Config) -> None:
-    """Says what a rank holds and which degree the context limit forces.
+def check_profile(profile: Profile, config: Config, learned: Path | None = None) -> None:
+    """Says what a rank holds and which degree the context limit forces. `learned`: where an earlier run saved it.
 
     Raises:
         ValueError: no degree holds a sequence of the context limit.
     """
     artificial = " (artificial: planner.max_tokens_per_rank)" if "max_tokens_per_rank" in profile.provenance else ""
-    forced = static_degree(profile, config.data.max_length)
+    try:
+        forced = static_degree(profile, config.data.max_length)
+    except ValueError as error:
+        remedy = "" if learned is None else f"; or delete {learned}, which an earlier run learned"
+        raise ValueError(f"{error}{remedy}") from None
     log.info(
         "memory: a rank holds %s tokens%s, so the context limit of %s forces sp_degree %d",
         f"{profile.capacity_tokens(1):,}", artificial, f"{config.data.max_length:,}", forced,

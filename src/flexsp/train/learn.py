@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 1
 """First steps that teach nothing: allocators and libraries warm up."""
+FULL = 0.25
+"""Of the room for activations that a rank must have been predicted to fill for its peak to count."""
 FILE = "profile.json"
 STARTED_FROM = "started_from_sha256"
 
@@ -81,11 +84,18 @@ class Learner:
         self._started_from = profile_sha256(started_from)
         self._groups, self._folder = groups, folder
         self._meter = PeakMeter(device)
+        self._peak = 0
+        self.most_bytes = 0
+        """On rank 0: the largest peak of any rank in any step."""
         self._correction = Correction(profile) if correct else None
 
     def watch(self) -> None:
         """A step begins."""
         self._meter.reset()
+
+    def computed(self) -> None:
+        """Forward and backward have ended, the optimizer has not begun: this is the peak that a plan decides."""
+        self._peak = self._meter.peak_bytes()
 
     def learn(self, batch: PlannedBatch, result: StepResult) -> tuple[Profile | None, dict[str, Any]]:
         """A step has ended. A collective.
@@ -94,7 +104,7 @@ class Learner:
             The profile to plan with from now on, where it is another one, the same on all ranks; and on rank 0 what
             metrics.jsonl says of times and memory.
         """
-        peak = float(self._meter.peak_bytes())
+        peak = float(self._peak)
         own = torch.tensor([(t.elapsed_s, t.busy_s, peak) for t in result.times], dtype=torch.float64)
         first = dist.get_rank() == 0
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())] if first else None
@@ -102,8 +112,13 @@ class Learner:
         answer: list[Any] = [None]
         metrics: dict[str, Any] = {}
         if gathered is not None:
-            answer[0], metrics = self._learn(batch, [rank.tolist() for rank in gathered])
+            try:
+                answer[0], metrics = self._learn(batch, [rank.tolist() for rank in gathered])
+            except (ValueError, np.linalg.LinAlgError) as error:  # sent on, so that all ranks end alike
+                answer[0] = ValueError(f"step {batch.step}: the profile could not be corrected or saved: {error}")
         dist.broadcast_object_list(answer, src=0, group=self._groups.control)
+        if isinstance(answer[0], ValueError):
+            raise answer[0]
         if answer[0] is not None:
             self.profile = answer[0]
         return answer[0], metrics
@@ -114,13 +129,15 @@ class Learner:
         elapsed_s, busy_s = ([[row[k] for row in rank] for rank in measured] for k in (0, 1))
         times = times_of(plan, elapsed_s, busy_s)
         peaks = [rank[0][2] for rank in measured]
+        predicted_peaks = self._predicted_peaks(plan, batch)
+        self.most_bytes = max(self.most_bytes, int(max(peaks)))
         metrics: dict[str, Any] = {
             "micro_batch_s": times.elapsed_s,
             "predicted_micro_batch_s": [micro_batch.predicted_s for micro_batch in plan.micro_batches],
             "group_s": times.group_s,
             "predicted_group_s": [[g.predicted_s for g in micro_batch.groups] for micro_batch in plan.micro_batches],
             "peak_bytes": int(max(peaks)),
-            "predicted_peak_bytes": math.ceil(max(self._predicted_peaks(plan, batch))),
+            "predicted_peak_bytes": math.ceil(max(predicted_peaks)),
         }
         new: Profile | None = None
         if self._correction is not None and batch.step >= WARM_UP:
@@ -130,7 +147,7 @@ class Learner:
             new = replace(new, memory=self.profile.memory)
             said = ", ".join(f"{name} x{ratio:.2f}" for name, ratio in metrics["ratios"].items())
             log.info("profile: corrected after step %d: %s", batch.step, said)
-        if raised := self._underrated(batch, peaks):
+        if raised := self._underrated(batch, predicted_peaks, peaks):
             new = self.with_activation_bytes(new or self.profile, raised)
             log.info(
                 "profile: step %d held more than predicted: %s bytes a token from now on", batch.step, f"{raised:,}"
@@ -151,19 +168,24 @@ class Learner:
                     peaks[rank] = max(peaks[rank], predicted)
         return peaks
 
-    def _underrated(self, batch: PlannedBatch, peaks: list[float]) -> int | None:
+    def _underrated(self, batch: PlannedBatch, predicted: list[float], peaks: list[float]) -> int | None:
         """Activation bytes per token that explain peaks above what was predicted; None where none was by much.
 
-        Only where all micro-batches run under no policy; with an artificial limit there is nothing to run out of.
+        Ranks less than a `FULL` part filled say little of a token's bytes: what a process holds beside them drifts.
+        Only where all micro-batches run under no policy and peaks are those of a step; with an artificial limit there
+        is nothing to run out of.
         """
         memory, provenance = self.profile.memory, self.profile.provenance
-        if "max_tokens_per_rank" in provenance or any(m.policy for m in batch.plan.micro_batches):
+        artificial = "max_tokens_per_rank" in provenance
+        if artificial or not self._meter.resets or any(m.policy for m in batch.plan.micro_batches):
             return None
         margin = float(provenance.get("margin_bytes", 0))
+        room = memory.memory_bytes - memory.model_state_bytes
         needed = 0.0
-        for predicted, peak in zip(self._predicted_peaks(batch.plan, batch), peaks, strict=True):
-            tokens = (predicted - memory.model_state_bytes) / memory.activation_bytes_per_token
-            if tokens >= 1 and peak > predicted + margin:
+        for said, peak in zip(predicted, peaks, strict=True):
+            activations = said - memory.model_state_bytes
+            if activations >= FULL * room and peak > said + margin:
+                tokens = activations / memory.activation_bytes_per_token
                 needed = max(needed, (peak - memory.model_state_bytes) / tokens)
         return math.ceil(needed) if needed > memory.activation_bytes_per_token else None
 

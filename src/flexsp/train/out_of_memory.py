@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 
 from flexsp.data import PlannedBatch
+from flexsp.parallel import RankError
 from flexsp.parallel.clock import BusyClock
-from flexsp.plans import Group
+from flexsp.plans import Group, MicroBatch
 from flexsp.profile import Profile
 
-HEADROOM = 0.75
+HEADROOM = 0.6
 """What the raised estimate leaves free of the room that was too little."""
 LEAST_PROGRESS = 0.1
 """Of a forward pass: a failure earlier than this is not taken to mean a need of more than ten times the room."""
@@ -22,12 +23,17 @@ class OutOfMemoryError(RuntimeError):
     """A rank ran out of memory in a step; the message names it, its group and the lengths."""
 
 
+SAID = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+"""Of the CPU's allocator, of CUDA and NCCL outside of torch's allocator, of cuBLAS, of C++."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: CUDA's, the CPU allocator's, numpy's or C++'s."""
+    """Whether an allocation of this rank failed. Not where a RankError tells of another rank's."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
+    if not isinstance(error, RuntimeError) or isinstance(error, RankError):
+        return False
+    return any(words in str(error) for words in SAID)
 
 
 def raised_activation_bytes(profile: Profile, tokens_per_rank: float, progress: float) -> int:
@@ -44,15 +50,19 @@ def raised_activation_bytes(profile: Profile, tokens_per_rank: float, progress: 
 
 def describe(batch: PlannedBatch, clock: BusyClock, profile: Profile, num_layers: int) -> tuple[str, int]:
     """What ran out where, in words, and the bytes per token of the next run's estimate."""
-    rank, at = dist.get_rank(), max(0, clock.micro_batch)
+    rank, at = dist.get_rank(), clock.micro_batch
+    where, progress = f"in micro-batch {at}", min(1.0, (clock.layers_done + 1) / num_layers)
+    if at < 0:  # after the last: the fullest micro-batch says most of what memory was there
+        held = [_tokens_per_rank(batch, micro_batch, rank) for micro_batch in batch.plan.micro_batches]
+        at = held.index(max(held))
+        where, progress = f"in the optimizer's step, after all micro-batches, {at} being its fullest", 1.0
     micro_batch = batch.plan.micro_batches[at]
     group = next((g for g in micro_batch.groups if rank in g.ranks), None)
-    where = f"step {batch.step}: out of memory on rank {rank} in micro-batch {at}"
+    where = f"step {batch.step}: out of memory on rank {rank} {where}"
     if group is None:
         return f"{where}, idle there", math.ceil(profile.memory.activation_bytes_per_token / HEADROOM)
     lengths = sorted((int(batch.lengths[i]) for i in group.sequences), reverse=True)
     tokens = sum(lengths)
-    progress = min(1.0, (clock.layers_done + 1) / num_layers)
     raised = raised_activation_bytes(profile, tokens / group.sp_degree, progress)
     predicted = profile.group_bytes(group.sp_degree, tokens, micro_batch.policy)
     text = (
@@ -61,6 +71,12 @@ def describe(batch: PlannedBatch, clock: BusyClock, profile: Profile, num_layers
         f"{profile.memory.memory_bytes / 2**20:,.0f} MiB"
     )
     return text, raised
+
+
+def _tokens_per_rank(batch: PlannedBatch, micro_batch: MicroBatch, rank: int) -> float:
+    """What a rank holds in a micro-batch; 0 where it is idle."""
+    group = next((g for g in micro_batch.groups if rank in g.ranks), None)
+    return 0.0 if group is None else float(batch.lengths[list(group.sequences)].sum()) / group.sp_degree
 
 
 def _ranks(group: Group) -> str:

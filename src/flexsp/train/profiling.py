@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,15 +16,15 @@ from flexsp.estimate import estimate_profile, load_cluster, model_shape
 from flexsp.parallel import GroupPool, servable_degrees
 from flexsp.profile import Profile
 from flexsp.profiler.layers import measure_layers, needed_bytes, read_model_config
-from flexsp.profiler.measure import from_first_rank, ranks_per_node
+from flexsp.profiler.measure import PROBE_TOKENS, ranks_per_node
 from flexsp.profiler.memory import memory_limit
 from flexsp.profiler.mixed import fill_from_estimate
+from flexsp.profiler.probe import largest_of_all
 from flexsp.train.display import Display
 from flexsp.train.ranks import joined_ranks
 
 log = logging.getLogger(__name__)
 
-PROBE_TOKENS = {"cpu": 2048, "cuda": 32768}
 LEAST_PROBE_TOKENS = 256
 TIMEOUT_S = 600.0
 
@@ -58,6 +60,7 @@ def profile_model(request: ProfileRequest) -> int:
         raise ValueError(
             f"--num-devices={request.num_devices} needs --cluster: what other devices add is estimated; name one"
         )
+    _check_writable(Path(request.output))
     transformers_logging.disable_progress_bar()
     config = read_model_config(request.model)
     cluster = None if request.cluster is None else load_cluster(request.cluster)
@@ -68,37 +71,50 @@ def profile_model(request: ProfileRequest) -> int:
         shape = model_shape(config.to_dict())
         degrees = request.sp_degrees or [d for d in servable_degrees(config, world_size) if d & (d - 1) == 0]
         itemsize = 2 if dtype == "bfloat16" else 4
-        tokens = _probe_tokens(request, lambda n: needed_bytes(shape, n, itemsize), device)
+        tokens = _probe_tokens(request, lambda n: needed_bytes(shape, n, itemsize), device, groups)
         log.info(
             "profile: %s, %s parameters, %d layers, on %d ranks (%s), in %s",
             config.model_type, f"{shape.num_parameters:,}", shape.num_layers, world_size, dist.get_backend(), dtype,
         )  # fmt: skip
+        estimate = None
+        if cluster is not None:  # before anything slow, so that what is wrong with it is found at once
+            estimate = estimate_profile(
+                shape,
+                cluster,
+                num_devices=request.num_devices,
+                sp_degrees=request.sp_degrees or None,
+                dtype=dtype,
+                memory_fraction=request.memory_fraction,
+            )
+            degrees = sorted({1, *(d for d in degrees if d <= world_size)})
         profile = measure_layers(
             config,
             groups,
-            sp_degrees=[d for d in degrees if d <= world_size] if cluster is not None else degrees,
+            sp_degrees=degrees,
             probe_tokens=tokens,
             device=device,
             memory_fraction=request.memory_fraction,
             param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
             activation_checkpointing=request.activation_checkpointing,
             shard_layers=request.shard_layers,
+            sharded_over=None if estimate is None else estimate.num_devices,
             max_tokens_per_rank=request.max_tokens_per_rank,
             track=display.tell,
         )
-        if cluster is not None:
-            measured, asked = profile, request.sp_degrees or None
-            estimate = estimate_profile(shape, cluster, num_devices=request.num_devices, sp_degrees=asked, dtype=dtype)
-            profile = from_first_rank(lambda: fill_from_estimate(measured, estimate, shape.num_parameters), groups)
+        if estimate is not None:
+            profile = fill_from_estimate(profile, estimate)
         if dist.get_rank() == 0:
             profile.save(request.output)
         _say(profile, request.output)
     return 0
 
 
-def _probe_tokens(request: ProfileRequest, needed: Callable[[int], int], device: torch.device) -> int:
+def _probe_tokens(
+    request: ProfileRequest, needed: Callable[[int], int], device: torch.device, groups: GroupPool
+) -> int:
     """Tokens of the largest row, after saying what measuring will hold; fewer than by default where it must be."""
-    limit, said = memory_limit(device, request.memory_fraction, ranks_per_node())
+    own, said = memory_limit(device, request.memory_fraction, ranks_per_node())
+    limit = -largest_of_all(-float(own), groups)  # of the rank with the least, so that all decide alike
     tokens = request.probe_tokens or min(
         PROBE_TOKENS[device.type], request.max_tokens_per_rank or PROBE_TOKENS[device.type]
     )
@@ -110,10 +126,18 @@ def _probe_tokens(request: ProfileRequest, needed: Callable[[int], int], device:
             f"are {limit / 2**30:.1f} ({said}); measure fewer tokens or on devices of more memory"
         )
     log.info(
-        "profile: rows of up to %s tokens a rank; measuring will hold about %.1f of %.1f GiB a rank",
-        f"{tokens:,}", needed(tokens) / 2**30, limit / 2**30,
+        "profile: rows of up to %s tokens a rank; measuring will hold about %.1f of %.1f GiB a rank, and at most %.1f "
+        "where larger rows tell how memory grows",
+        f"{tokens:,}", needed(tokens) / 2**30, limit / 2**30, max(needed(tokens), limit / 2) / 2**30,
     )  # fmt: skip
     return tokens
+
+
+def _check_writable(output: Path) -> None:
+    """Refuses what could not be saved, before anything is measured."""
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--output={output} cannot be written; give a file in a folder that can be")
 
 
 def _say(profile: Profile, output: str) -> None:
@@ -124,7 +148,8 @@ def _say(profile: Profile, output: str) -> None:
         f"{profile.capacity_tokens(1):,}",
     )  # fmt: skip
     log.info(
-        "profile: off by %.1f %% in the median on %d mixed micro-batches held out, at most %.1f %%; measured in %.0f s",
+        "profile: on the layers measured, off by %.1f %% in the median on %d mixed micro-batches held out, at most "
+        "%.1f %%; measured in %.0f s",
         100 * fit["held_out_median"], fit["held_out"], 100 * fit["held_out_worst"], profile.provenance["measured_in_s"],
     )  # fmt: skip
     log.info("profile: saved as %s; flexsp show %s", output, output)

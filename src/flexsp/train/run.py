@@ -28,7 +28,7 @@ from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display, step_text
 from flexsp.train.export import save_pretrained
-from flexsp.train.learn import Learner, go_on
+from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.out_of_memory import OutOfMemoryError, describe, is_out_of_memory
 from flexsp.train.ranks import announce_failure, joined_ranks
 
@@ -72,7 +72,7 @@ def train(config: Config, display: Display) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     measured = build.build_profile(config, model, groups, display)
     profile = from_first_rank(lambda: go_on(measured, folder, config.planner.correct), groups)
-    build.check_profile(profile, config)
+    build.check_profile(profile, config, None if profile == measured else folder / FILE)
     device = next(model.parameters()).device
     learner = Learner(measured, profile, groups, device, folder, config.planner.correct)
 
@@ -119,18 +119,11 @@ def _train_steps(
         for batch, line in display.track(loader, config.train.steps, "training"):
             learner.watch()
             try:
-                metrics, result = _train_step(config, model, batch, groups, optimizer)
+                metrics, result = _train_step(config, model, batch, groups, optimizer, learner)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if not announce_failure():
-                    raise RuntimeError("another rank has failed already") from None
-                said, raised = describe(batch, clock_of(model), learner.profile, model.config.num_hidden_layers)
-                path = learner.save_raised(raised)
-                raise OutOfMemoryError(
-                    f"{said}; the estimate is raised to {raised:,} bytes a token and saved in {path}: start the same "
-                    f"command again to plan within it"
-                ) from None
+                raise _out_of_memory(model, batch, learner) from None
             schedule.step()
             capacity_tokens = learner.profile.capacity_tokens(1)
             profile, learned = learner.learn(batch, result)
@@ -146,16 +139,37 @@ def _train_steps(
         "training: %d of %d steps mixed degrees in a micro-batch; %d process groups were made",
         mixed, config.train.steps, groups.num_groups,
     )  # fmt: skip
-    if torch.cuda.is_available():
-        log.info("training: peak memory %.2f GiB on rank 0", torch.cuda.max_memory_allocated() / 2**30)
+    if learner.most_bytes:
+        log.info("training: a rank held %.2f GiB at the most", learner.most_bytes / 2**30)
+
+
+def _out_of_memory(model: PreTrainedModel, batch: PlannedBatch, learner: Learner) -> RuntimeError:
+    """The error of a rank that ran out of memory, after the estimate for the next run has been raised and saved.
+
+    Only the first rank that runs out does so: others end quietly, as those that wait for it.
+    """
+    if not announce_failure():
+        return RuntimeError("another rank has failed already")
+    said, raised = describe(batch, clock_of(model), learner.profile, model.config.get_text_config().num_hidden_layers)
+    path = learner.save_raised(raised)
+    return OutOfMemoryError(
+        f"{said}; the estimate is raised to {raised:,} bytes a token and saved in {path}: start the same command again "
+        f"to plan within it"
+    )
 
 
 def _train_step(
-    config: Config, model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool, optimizer: torch.optim.Optimizer
+    config: Config,
+    model: PreTrainedModel,
+    batch: PlannedBatch,
+    groups: GroupPool,
+    optimizer: torch.optim.Optimizer,
+    learner: Learner,
 ) -> tuple[dict[str, Any], StepResult]:
     """One optimizer step; returns its part of a line of metrics.jsonl, and what it computed."""
     began = time.perf_counter()
     result = forward_backward(model, batch, groups)
+    learner.computed()
     max_norm = config.train.grad_clip or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
