@@ -129,12 +129,11 @@ def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is
 
 
 def test_what_a_run_learned_is_saved_and_the_next_one_in_its_folder_goes_on_from_it(run):
-    folder, said = run
+    folder, _ = run
     learned = json.loads((folder / "out/profile.json").read_text())
     base = json.loads((folder / "four.json").read_text())
     ratio = learned["provenance"]["correction"]["linear"]
     assert learned["compute"]["linear_s"] == pytest.approx(ratio * base["compute"]["linear_s"])
-    assert "profile: corrected after step" in said
     done = train(
         folder, "--train.steps", "1", "--run.compare_batches", "0", "--run.save_model", "false",
     )  # fmt: skip

@@ -46,6 +46,8 @@ PATIENCE = 3
 """...unless it is one of so many in a row: then the machine has changed..."""
 OLD = 0.05
 """...and earlier equations are kept with this weight."""
+HELD_UP = 0.5
+"""Of a micro-batch's seconds: what it takes beyond its usual fixed cost by more than this weighs less."""
 OWN = 2
 """Place of `own` among the unknowns."""
 
@@ -160,7 +162,8 @@ class Correction:
         for elapsed_s, groups in zip(times.elapsed_s, rows, strict=True):
             slowest_s = max((float(row @ without_own) for row in groups), default=0.0)
             ratio = min(max((elapsed_s - slowest_s) / fixed_s, BOUNDS[0]), BOUNDS[1])
-            weight = min(1.0, 0.5 / max(abs(ratio - self._fixed_ratio), 1e-12)) if self._fixed[0] else 1.0
+            usual = HELD_UP * elapsed_s / fixed_s  # noise is in proportion to the micro-batch, not to its fixed cost
+            weight = min(1.0, usual / max(abs(ratio - self._fixed_ratio), 1e-12)) if self._fixed[0] else 1.0
             self._fixed = forget * self._fixed + weight * np.array([1.0, ratio])
             weight_sum, ratio_sum = self._fixed + PULL
             self._fixed_ratio = float(ratio_sum / weight_sum)

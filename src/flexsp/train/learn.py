@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ WARM_UP = 1
 FULL = 0.25
 """Of the room for activations that a rank must have been predicted to fill for its peak to count."""
 FILE = "profile.json"
+WORTH_SAYING = 0.25
 STARTED_FROM = "started_from_sha256"
 
 
@@ -85,6 +87,7 @@ class Learner:
         self._groups, self._folder = groups, folder
         self._meter = PeakMeter(device)
         self._peak = 0
+        self._said: dict[str, float] = {}
         self.most_bytes = 0
         """On rank 0: the largest peak of any rank in any step."""
         self._correction = Correction(profile) if correct else None
@@ -145,8 +148,7 @@ class Learner:
             metrics["ratios"] = self._correction.ratios
         if new is not None:
             new = replace(new, memory=self.profile.memory)
-            said = ", ".join(f"{name} x{ratio:.2f}" for name, ratio in metrics["ratios"].items())
-            log.info("profile: corrected after step %d: %s", batch.step, said)
+            self._say(batch.step, metrics["ratios"])
         if raised := self._underrated(batch, predicted_peaks, peaks):
             new = self.with_activation_bytes(new or self.profile, raised)
             log.info(
@@ -156,6 +158,14 @@ class Learner:
             new = self._named(new)
             new.save(self._folder / FILE)
         return new, metrics
+
+    def _say(self, step: int, ratios: Mapping[str, float]) -> None:
+        """The ratios, where one has moved by `WORTH_SAYING` since they were last said; all are in metrics.jsonl."""
+        if all(abs(ratio / self._said.get(name, 1.0) - 1.0) <= WORTH_SAYING for name, ratio in ratios.items()):
+            return
+        self._said = dict(ratios)
+        text = ", ".join(f"{name} x{ratio:.2f}" for name, ratio in ratios.items())
+        log.info("profile: corrected after step %d: %s", step, text)
 
     def _predicted_peaks(self, plan: Plan, batch: PlannedBatch) -> list[float]:
         """By rank, the bytes that the profile says of its fullest micro-batch."""
