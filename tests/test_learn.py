@@ -214,6 +214,25 @@ def train_within(folder: Path, data_bytes: int, *flags: str) -> subprocess.Compl
     )  # fmt: skip
 
 
+def runs_until_it_fits(
+    folder: Path, data_bytes: int, *flags: str
+) -> tuple[subprocess.CompletedProcess[str], list[int]]:
+    """The last of at most six runs of one command, and the estimate after each that ran out of memory."""
+    estimates: list[int] = []
+    for _ in range(6):
+        run = train_within(folder, data_bytes, *flags)
+        if run.returncode == 0:
+            break
+        ours = [line for line in run.stderr.splitlines() if line.startswith("flexsp train:")]
+        assert len(ours) == 1, run.stderr[-3000:]
+        assert "out of memory on rank" in ours[0]
+        assert "tokens" in ours[0] and "start the same command again" in ours[0]
+        assert "flexsp/" not in run.stderr  # no traceback of ours on any rank
+        learned = folder / (flags[-1] if flags else "out") / FILE
+        estimates.append(Profile.load(learned).memory.activation_bytes_per_token)
+    return run, estimates
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts all private memory on Linux alone")
 def test_running_out_of_memory_is_one_error_and_the_next_run_plans_within_the_raised_estimate(tmp_path):
@@ -222,7 +241,7 @@ def test_running_out_of_memory_is_one_error_and_the_next_run_plans_within_the_ra
     limit = data_bytes_at_rest() + 550 * 2**20
     wide = CONFIG.replace("hidden_size = 32, intermediate_size = 64", "hidden_size = 64, intermediate_size = 512")
     (tmp_path / "config.toml").write_text(wide)
-    measured = train_within(tmp_path, limit)
+    measured, _ = runs_until_it_fits(tmp_path, limit)
     assert measured.returncode == 0, measured.stderr[-3000:]
     (saved,) = (tmp_path / "profiles").iterdir()
     document = json.loads(saved.read_text())
@@ -230,17 +249,8 @@ def test_running_out_of_memory_is_one_error_and_the_next_run_plans_within_the_ra
     document["memory"]["activation_bytes_per_token"] //= 20
     (tmp_path / "wrong.json").write_text(json.dumps(document))
 
-    estimates = [document["memory"]["activation_bytes_per_token"]]
-    for _ in range(6):
-        run = train_within(tmp_path, limit, "--planner.profile", "wrong.json", "--run.dir", "wrong")
-        if run.returncode == 0:
-            break
-        ours = [line for line in run.stderr.splitlines() if line.startswith("flexsp train:")]
-        assert len(ours) == 1, run.stderr[-3000:]
-        assert "out of memory on rank" in ours[0]
-        assert "tokens" in ours[0] and "start the same command again" in ours[0]
-        assert "flexsp/" not in run.stderr  # no traceback of ours on any rank
-        estimates.append(Profile.load(tmp_path / "wrong" / FILE).memory.activation_bytes_per_token)
+    run, estimates = runs_until_it_fits(tmp_path, limit, "--planner.profile", "wrong.json", "--run.dir", "wrong")
+    estimates.insert(0, document["memory"]["activation_bytes_per_token"])
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(estimates) > 1, "the underrated profile did not run out of memory"
     assert estimates == sorted(set(estimates))

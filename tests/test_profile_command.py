@@ -80,7 +80,7 @@ def test_a_model_too_large_for_the_ranks_at_hand_is_measured_for_a_cluster_that_
     wide = {**LLAMA, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 100, "vocab_size": 256}
     (tmp_path / "config.json").write_text(json.dumps(wide))
     output = tmp_path / "p.json"
-    flags = ["profile", str(tmp_path), "--output", str(output), "--probe-tokens", "32", "--memory-fraction", "0.5"]
+    flags = ["profile", str(tmp_path), "--output", str(output), "--probe-tokens", "128", "--memory-fraction", "0.5"]
     assert main([*flags, "--cluster", "h100", "--num-devices", "64", "--sp-degrees", "2,4"]) == 0
     profile = Profile.load(output)
     states = 16 * model_shape(wide).num_parameters

@@ -277,10 +277,12 @@ def _by_difference(done: Sequence[_PartDone], values: Sequence[float], shape: Mo
 
 
 def whole_model_tokens(done: Sequence[_PartDone], shape: ModelShape) -> tuple[float, float]:
-    """Activation bytes a token, and the worst residual of a peak, of a rank of the whole model."""
+    """Activation bytes a token of a rank of the whole model, and the worst residual of any part's peak.
+
+    The residual is mostly what the process does beside, so it is not taken to grow with the layers.
+    """
     per_token = _by_difference(done, [each.peaks.bytes_per_token for each in done], shape)
-    scale = per_token / max(1.0, done[0].peaks.bytes_per_token)
-    return per_token, scale * done[0].peaks.residual_bytes
+    return per_token, max(each.peaks.residual_bytes for each in done)
 
 
 def whole_model_states(

@@ -192,7 +192,7 @@ def make_profile(
     world_size, per_node = dist.get_world_size(), ranks_per_node()
     per_token, state_bytes = math.ceil(measured.activation_bytes_per_token), math.ceil(measured.state_bytes)
     limit_bytes, said = memory_limit(device, limit.fraction, per_node)
-    margin_bytes = max(2.0 * measured.residual_bytes, LEAST_MARGIN * limit_bytes)
+    margin_bytes = max(2.0 * measured.residual_bytes, LEAST_MARGIN[device.type] * limit_bytes)
     memory_bytes = limit_bytes - margin_bytes
     artificial = {}
     if limit.max_tokens_per_rank is not None:
