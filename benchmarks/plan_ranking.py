@@ -28,8 +28,8 @@ from rich.table import Table
 
 import flexsp
 from flexsp import Plan, Profile, jsonfields
+from flexsp.batches import global_batch
 from flexsp.data import Overlong, PlannedBatch, apply_context_limit, open_corpus
-from flexsp.data.loader import global_batch
 from flexsp.lengths import LengthArray
 from flexsp.parallel import GroupPool
 from flexsp.planner.assemble import assemble

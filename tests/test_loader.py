@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from equality_ranks import pool
+from flexsp.batches import global_batch
 from flexsp.data import PlannedLoader, Sequences
-from flexsp.data.loader import global_batch
 from flexsp.planner.service import PlannerError
 from profiles import profile
 

@@ -1,9 +1,10 @@
 """From a corpus and a plan to the tensors of one rank."""
 
+from flexsp.batches import Overlong
 from flexsp.data.batch import PlannedBatch, RankMicroBatch
 from flexsp.data.corpus import Corpus, PythonStdlib, open_corpus
 from flexsp.data.loader import PlannedLoader
-from flexsp.data.sequences import Overlong, Sequences, apply_context_limit
+from flexsp.data.sequences import Sequences, apply_context_limit
 
 __all__ = [
     "Corpus",

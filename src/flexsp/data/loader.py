@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch.distributed as dist
 
+from flexsp.batches import global_batch
 from flexsp.data.batch import IntArray, PlannedBatch
 from flexsp.data.sequences import Sequences
 from flexsp.legality import violations
@@ -20,22 +19,6 @@ from flexsp.plans import Plan
 from flexsp.profile import Profile
 
 log = logging.getLogger(__name__)
-
-
-def global_batch(num_sequences: int, batch_size: int, seed: int, step: int) -> IntArray:
-    """Ids of the sequences of a step: (batch_size,).
-
-    Every epoch is a permutation of all sequences, and batches follow one another through the epochs without a gap, so
-    that the order depends on seed and step alone.
-    """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, within = np.divmod(places, num_sequences)
-    return np.array([_permutation(num_sequences, seed, int(e))[w] for e, w in zip(epochs, within, strict=True)])
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_sequences: int, seed: int, epoch: int) -> IntArray:
-    return np.random.default_rng([seed, epoch]).permutation(num_sequences)
 
 
 class PlannedLoader:
