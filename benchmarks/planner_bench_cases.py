@@ -9,10 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from flexsp.distributions import find
 from flexsp.lengths import LengthArray
 from flexsp.profile import Memory, Policy, Profile
 
 TABLES: dict[str, Any] = json.loads(Path(__file__).with_name("planner_tables.json").read_text(encoding="utf-8"))
+
+DISTRIBUTIONS = {"wikipedia": "wikipedia", "code": "source-code"}
+LEVELS = (
+    0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999,
+    1.0,
+)  # fmt: skip
+"""The quantiles that the lengths behind `results/` were drawn from; with all of them the draws would be others."""
 
 
 def published_profile() -> Profile:
@@ -21,14 +29,15 @@ def published_profile() -> Profile:
 
 
 def drawn_lengths(corpus: str, count: int, seed: int, most: int) -> LengthArray:
-    """`count` lengths (tokens) of at most `most`, drawn from the corpus's table of quantiles, interpolated in logs."""
-    table = TABLES["quantiles"][corpus]
+    """`count` lengths (tokens) of at most `most`, drawn from `wikipedia` or `code` at the levels of `LEVELS`."""
+    table = find(DISTRIBUTIONS[corpus])
+    at = dict(zip(table.levels, table.tokens, strict=True))
+    coarse = replace(table, levels=LEVELS, tokens=tuple(at[level] for level in LEVELS))
     random = np.random.default_rng(seed)
     found: list[int] = []
     while len(found) < count:
-        levels = random.random(count)
-        lengths = np.exp(np.interp(levels, table["levels"], np.log(table["tokens"]))).astype(np.int64)
-        found += lengths[(lengths >= 1) & (lengths <= most)].tolist()
+        lengths = coarse.quantile(random.random(count))
+        found += lengths[lengths <= most].tolist()
     return np.array(found[:count], dtype=np.int64)
 
 

@@ -6,12 +6,22 @@ import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Lengths = Sequence[int] | npt.NDArray[np.integer]
 LengthArray = npt.NDArray[np.int64]
+
+MOST_TOKENS = int(np.iinfo(np.int64).max)
+ROW_SUFFIXES = (".jsonl", ".parquet")
+DEFAULT_COLUMNS = ("input_ids", "length")
+"""Of a file of rows, where no column is named: the first of these that is there."""
+JSON_BLOCK_BYTES = 1 << 26
+"""pyarrow reads JSON in blocks, by default of 1 MiB, and no row may outgrow one: these hold 9 million token ids."""
+PARQUET_ROWS = 4096
+"""Rows of a Parquet file in memory at once: what is kept of each is its length."""
 
 
 def as_lengths(lengths: Lengths, where: str = "lengths") -> LengthArray:
@@ -30,16 +40,31 @@ def as_lengths(lengths: Lengths, where: str = "lengths") -> LengthArray:
     if array.min() < 1:
         index = int(np.argmax(array < 1))
         raise ValueError(f"{where}[{index}]={array[index]} must be at least 1 token; remove empty sequences")
+    if array.max() > MOST_TOKENS:
+        index = int(np.argmax(array > MOST_TOKENS))
+        raise ValueError(f"{where}[{index}]={array[index]} must be below 2^63 tokens; correct the length")
     return array.astype(np.int64)
 
 
-def read_lengths(path: str | Path) -> LengthArray:
-    """Lengths from a text file of one integer a line, a `.npy` file, or standard input (`-`).
+def read_lengths(path: str | Path, column: str | None = None) -> LengthArray:
+    """Lengths from a file, or from standard input (`-`).
+
+    Args:
+        path: text of one integer a line, a `.npy` file, or rows in a `.jsonl` or `.parquet` file. The suffix decides.
+        column: of rows: one of integers holds the lengths, one of lists the token ids, whose number is the length.
+            None takes `input_ids` where it is there, else `length`.
 
     Raises:
-        ValueError: the file cannot be read or a length is malformed; the message names file and line.
+        ValueError: the file cannot be read, a length is malformed, missing or below 1, or there is no such column; the
+            message names file and line (from 1) or row (from 0).
     """
     name = str(path)
+    if Path(name).suffix in ROW_SUFFIXES:
+        return _read_rows(name, column)
+    if column is not None:
+        raise ValueError(
+            f"{name}: column={column!r} must be left out: only {' and '.join(ROW_SUFFIXES)} files have columns"
+        )
     if name == "-":
         return _parse_lines(sys.stdin, "standard input")
     try:
@@ -58,13 +83,101 @@ def read_lengths(path: str | Path) -> LengthArray:
         ) from None
 
 
+def _read_rows(name: str, column: str | None) -> LengthArray:
+    """The lengths in a column of a JSONL or Parquet file. Of a Parquet file no other column is read."""
+    try:
+        import pyarrow
+        from pyarrow import json, parquet
+    except ImportError:
+        raise ValueError(f"{name}: reading rows needs pyarrow; pip install pyarrow") from None
+    lengths: list[LengthArray] = []
+    begin = 0
+    try:
+        num_bytes = Path(name).stat().st_size
+        if name.endswith(".parquet"):
+            with parquet.ParquetFile(name, memory_map=True) as file:
+                column = _chosen(file.schema_arrow, column, name)
+                for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+                    lengths.append(_lengths_in(batch.column(column), f"{name} row", begin, column))
+                    begin += batch.num_rows
+        else:
+            # No schema is given: every field is parsed, and a row that does not go with the others is an error.
+            block_bytes = max(1, min(num_bytes, JSON_BLOCK_BYTES))
+            table = json.read_json(name, read_options=json.ReadOptions(block_size=block_bytes))
+            column = _chosen(table.schema, column, name)
+            for chunk in table.column(column).chunks:
+                lengths.append(_lengths_in(chunk, f"{name} row", begin, column))
+                begin += len(chunk)
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror or error}); give a file of rows") from None
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{name}: is malformed ({error}); correct the file") from None
+    return as_lengths(np.concatenate([np.empty(0, dtype=np.int64), *lengths]), name)
+
+
+def _chosen(schema: Any, column: str | None, name: str) -> str:
+    """The column to read, of integers or of lists of them."""
+    from pyarrow import types
+
+    if column is None:
+        column = next((each for each in DEFAULT_COLUMNS if each in schema.names), None)
+        if column is None:
+            raise ValueError(
+                f"{name}: there is no column {' or '.join(map(repr, DEFAULT_COLUMNS))}; it has {sorted(schema.names)}; "
+                f"name the column of lengths or token ids"
+            )
+    if schema.names.count(column) != 1:
+        raise ValueError(
+            f"{name}: column={column!r} must be there once; it has {sorted(schema.names)}; name one of them"
+        )
+    kind = schema.field(column).type
+    if types.is_string(kind) or types.is_large_string(kind):
+        raise ValueError(
+            f"{name}: column {column}={kind} is text, whose length in tokens only a tokenizer knows; count the tokens "
+            f"first and give them as a column"
+        )
+    inner = kind.value_type if _is_list(kind) else kind
+    if not (types.is_integer(inner) or types.is_null(inner)):
+        raise ValueError(
+            f"{name}: column {column}={kind} must hold integers (lengths) or lists of them (token ids); name another"
+        )
+    return column
+
+
+def _lengths_in(values: Any, where: str, begin: int, column: str) -> LengthArray:
+    """The lengths that a pyarrow array of integers or of lists of integers says, the first row of which is `begin`."""
+    from pyarrow import compute
+
+    counted = _is_list(values.type)
+    rows = compute.list_value_length(values) if counted else values
+    if rows.null_count:
+        row = begin + int(np.argmax(rows.is_null().to_numpy(zero_copy_only=False)))
+        raise ValueError(f"{where} {row}: {column} is missing or null; give one in every row")
+    lengths: LengthArray = rows.cast("int64").to_numpy(zero_copy_only=False)
+    if len(lengths) and lengths.min() < 1:
+        row = int(np.argmax(lengths < 1))
+        shown = "[]" if counted else lengths[row]
+        raise ValueError(f"{where} {begin + row}: {column}={shown} must be at least 1 token; remove empty sequences")
+    if counted and compute.list_flatten(values).null_count:
+        of_rows = compute.list_parent_indices(values)
+        null = int(np.argmax(compute.list_flatten(values).is_null().to_numpy(zero_copy_only=False)))
+        raise ValueError(f"{where} {begin + of_rows[null].as_py()}: {column} has a null in its list; give token ids")
+    return lengths
+
+
+def _is_list(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
 def _parse_lines(lines: Iterable[str], name: str) -> LengthArray:
     lengths = []
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
             continue
-        if not (text.isascii() and text.isdigit()) or int(text) < 1 or int(text) > np.iinfo(np.int64).max:
+        if not (text.isascii() and text.isdigit()) or int(text) < 1 or int(text) > MOST_TOKENS:
             raise ValueError(f"{name}:{number}: length={text[:40]!r} must be a positive integer; give one a line")
         lengths.append(int(text))
     return as_lengths(np.array(lengths, dtype=np.int64), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from flexsp.cli.lengths import COLUMN_HELP, LENGTHS_HELP
 from flexsp.legality import violations
 from flexsp.lengths import read_lengths
 from flexsp.plans import Plan
@@ -13,14 +14,15 @@ from flexsp.profile import Profile
 
 def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("check", help="is a plan legal?", description=__doc__)
-    parser.add_argument("lengths", metavar="LENGTHS", help="one integer a line, a .npy file, or - for standard input")
+    parser.add_argument("lengths", metavar="LENGTHS", help=LENGTHS_HELP)
     parser.add_argument("profile", metavar="PROFILE", help="a flexsp-profile/1 file")
     parser.add_argument("plan", metavar="PLAN", help="a flexsp-plan/1 file")
+    parser.add_argument("--column", metavar="NAME", help=COLUMN_HELP)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    lengths = read_lengths(arguments.lengths)
+    lengths = read_lengths(arguments.lengths, arguments.column)
     profile = Profile.load(arguments.profile)
     plan = Plan.load(arguments.plan)
     if not plan.has_plan:

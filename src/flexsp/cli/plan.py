@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 import flexsp
+from flexsp.cli.lengths import COLUMN_HELP, LENGTHS_HELP
 from flexsp.cli.plan_tables import show_explanation, show_plan
 from flexsp.lengths import parse_tokens, read_lengths
 from flexsp.planner import PLANNERS
@@ -23,7 +24,8 @@ PATIENCE_S = 3.0
 
 def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("plan", help="plan one global batch", description=__doc__)
-    parser.add_argument("lengths", metavar="LENGTHS", help="one integer a line, a .npy file, or - for standard input")
+    parser.add_argument("lengths", metavar="LENGTHS", help=LENGTHS_HELP)
+    parser.add_argument("--column", metavar="NAME", help=COLUMN_HELP)
     parser.add_argument("--profile", required=True, help="a flexsp-profile/1 file")
     parser.add_argument("--planner", default="flex", metavar="NAME", help=f"{', '.join(PLANNERS)} (default: flex)")
     parser.add_argument("--sp-degree", type=int, metavar="D", help="for static: the degree")
@@ -41,7 +43,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    lengths = read_lengths(arguments.lengths)
+    lengths = read_lengths(arguments.lengths, arguments.column)
     profile = Profile.load(arguments.profile)
     if arguments.num_devices is not None:
         profile = profile.for_devices(arguments.num_devices)

@@ -1,11 +1,7 @@
-"""A profile as a picture: what a token costs by length and degree, and how much of it is exchange.
-
-matplotlib is imported where it is needed, and figures are made without pyplot: no window, no global state.
-"""
+"""A profile as a picture: what a token costs by length and degree, and how much of it is exchange."""
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Sequence
 from operator import attrgetter
@@ -15,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexsp.profile import Profile
+from flexsp.simulate import drawing
 from flexsp.simulate.crossovers import Cost, Crossover, cost, crossovers, longest_tokens, policies, powers_of_four
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SUFFIXES = (".png", ".svg", ".pdf")
 
 # A degree has one colour, line and marker in both panels. Lines and markers differ too, so that a grey print can be
 # read; their cycles have no common divisor, so no two of 36 degrees share both.
@@ -38,17 +33,8 @@ def save_figure(profile: Profile, path: str | Path) -> None:
     Raises:
         ValueError: another suffix, no matplotlib, nothing to draw, or `path` cannot be written.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path}: suffix={path.suffix!r} must be one of {', '.join(SUFFIXES)}; name the picture so")
-    picture = io.BytesIO()
-    draw(profile).savefig(picture, format=suffix[1:], dpi=130)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture.getvalue())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror}); give a path in a writable folder") from None
+    drawing.check_suffix(path)
+    drawing.save(draw(profile), path)
 
 
 def draw(profile: Profile) -> Figure:
@@ -59,15 +45,11 @@ def draw(profile: Profile) -> Figure:
     Raises:
         ValueError: matplotlib is missing, or no degree holds a sequence of 2 tokens.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise ValueError(f"{error}: a picture needs matplotlib; pip install 'flexsp[plot]'") from None
+    figure = drawing.new_figure(12, 6)
+    from matplotlib.lines import Line2D
 
     if longest_tokens(profile) < 2:
         raise ValueError(f"{profile.name}: memory holds no sequence of 2 tokens; there is no line to draw")
-    figure = Figure(figsize=(12, 6), layout="constrained")
     panels = figure.subplots(1, 2)
     plain = crossovers(profile)
     lengths = _lengths(profile, plain)
@@ -75,8 +57,9 @@ def draw(profile: Profile) -> Figure:
     grey: dict[str, Any] = {"color": "0.3", "markeredgewidth": 2, "fillstyle": "none"}
     keys = {"ends": Line2D([], [], ls="", marker="|", markersize=14, label="the longest that the degree holds", **grey)}
     degrees = []
+    colours = drawing.degree_colours(profile.sp_degrees)
     for index, found in enumerate(plain):
-        style = _style(index, len(plain))
+        style = _style(index, colours[found.sp_degree])
         degrees.append(Line2D([], [], label=str(found.sp_degree), **style))
         held = _costs(profile, found.sp_degree, lengths, None)
         beyond = [c for c in _costs(profile, found.sp_degree, lengths, widest) if c.tokens > found.capacity_tokens]
@@ -134,11 +117,7 @@ def _line(axes: Axes, costs: Sequence[Cost], value: str, style: dict[str, Any]) 
     axes.plot(tokens[-1:], values[-1:], "|", color=style["color"], markersize=14, markeredgewidth=2)
 
 
-def _style(index: int, count: int) -> dict[str, Any]:
-    from matplotlib import colormaps
-
-    # viridis is as dark to the eye as it is in grey; its last fifth is too light on white
-    colour = colormaps["viridis"](0.82 * index / max(1, count - 1))
+def _style(index: int, colour: drawing.Colour) -> dict[str, Any]:
     return {
         "color": colour, "linestyle": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)],
         "markersize": 6, "linewidth": 1.7,
