@@ -82,6 +82,13 @@ def write(path, rows):
     return str(path)
 
 
+def test_a_row_of_json_may_be_long(tmp_path):
+    # pyarrow's own blocks are 1 MiB, and a row must lie in one
+    tokens = list(range(300_000))
+    corpus = open_corpus(write(tmp_path / "rows.jsonl", [{"input_ids": [1]}, {"input_ids": tokens}]))
+    assert corpus.lengths.tolist() == [1, 300_000] and corpus.read(1, 0, 300_000)[0].tolist() == tokens
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_rows_with_masked_labels(tmp_path, suffix):
     corpus = open_corpus(write(tmp_path / f"rows{suffix}", ROWS))

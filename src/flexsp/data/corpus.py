@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flexsp.data.batch import IntArray
-from flexsp.lengths import LengthArray
+from flexsp.lengths import JSON_BLOCK_BYTES, LengthArray
 
 PYTHON_STDLIB = "python-stdlib"
 """The source name of the standard library of the Python that runs us."""
@@ -130,7 +130,8 @@ def _read_columns(path: str) -> dict[str, Any]:
         if path.endswith(".parquet"):
             table = pyarrow.parquet.read_table(path, memory_map=True)
         else:
-            table = pyarrow.json.read_json(path)
+            options = pyarrow.json.ReadOptions(block_size=max(1, min(Path(path).stat().st_size, JSON_BLOCK_BYTES)))
+            table = pyarrow.json.read_json(path, read_options=options)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); give a file of rows with input_ids") from None
     except pyarrow.ArrowException as error:
