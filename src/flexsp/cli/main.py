@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 import flexsp
-from flexsp.cli import check, estimate, lengths, plan, profile, show, train
+from flexsp.cli import check, estimate, lengths, plan, profile, show, simulate, train
 
-COMMANDS = (plan, check, lengths, estimate, profile, show, train)
+COMMANDS = (plan, check, lengths, estimate, profile, show, simulate, train)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

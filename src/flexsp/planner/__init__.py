@@ -15,6 +15,8 @@ from flexsp.lengths import Lengths, as_lengths
 from flexsp.planner.batch_adaptive import plan_batch_adaptive
 from flexsp.planner.exact import plan_exact
 from flexsp.planner.flex import plan_flex
+from flexsp.planner.flexible_cp import plan_flexible_cp
+from flexsp.planner.megatron_dcp import plan_megatron_dcp
 from flexsp.planner.milp import plan_milp
 from flexsp.planner.static import plan_static
 from flexsp.plans import Plan
@@ -28,7 +30,12 @@ PLANNERS: dict[str, Planner] = {
     "static": plan_static,
     "milp": plan_milp,
     "exact": plan_exact,
+    "megatron-dcp": plan_megatron_dcp,
+    "flexible-cp": plan_flexible_cp,
 }
+
+COMPARED = ("flex", "milp", "batch-adaptive", "megatron-dcp", "flexible-cp", "static")
+"""What `--planners all` of `flexsp simulate` means: every planner but `exact`, which is for small cases alone."""
 
 
 def plan(lengths: Lengths, profile: Profile, planner: str = "flex", **options: Any) -> Plan:

@@ -7,7 +7,6 @@ state.
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,7 +51,11 @@ def degree_colours(degrees: Iterable[int]) -> dict[int, Colour]:
 
 def can_draw() -> bool:
     """Whether matplotlib is there."""
-    return importlib.util.find_spec("matplotlib") is not None
+    try:
+        new_figure(1, 1)
+    except ValueError:
+        return False
+    return True
 
 
 def check_suffix(path: str | Path) -> str:

@@ -1,0 +1,92 @@
+"""What a simulation's figures mean, in sentences: what mixed degrees gain, why, and where they gain little."""
+
+from __future__ import annotations
+
+from flexsp.profile import Profile
+from flexsp.simulate.figures import BASELINE, CaseFigures, PlannerFigures
+
+SINGLE_DEGREE = (BASELINE, "batch-adaptive")
+"""Planners that use one degree for a whole batch."""
+LITTLE = 1.1
+"""A speedup below this is little: calibration, kernels and the cluster's mood change a step by as much."""
+CHEAP_EXCHANGE = 0.08
+"""Of the baseline's time: what mixing degrees saves is mostly exchange, and there is no more of it than this."""
+MOST_TOKENS = 0.6
+"""Of the tokens."""
+
+
+def verdict(case: CaseFigures, profile: Profile) -> tuple[str, ...]:
+    """Sentences about `case`, the most important first; empty where only the baseline has figures."""
+    static = case.planners[BASELINE]
+    mixed = fastest_mixed(case)
+    if mixed is None:
+        return _single_degree_only(case, static)
+    sentences = [_gain(case, mixed, static), _where_time_goes(mixed, static)]
+    if mixed.speedup < LITTLE:
+        sentences.append(f"Mixed degrees gain little here: {'; '.join(_why_little(case, mixed, static, profile))}.")
+    elif (adaptive := case.planners.get("batch-adaptive")) and adaptive.total_s / mixed.total_s < LITTLE:
+        sentences.append(
+            f"Most of it one degree per batch gains too, chosen anew for each: mixed degrees are "
+            f"{adaptive.total_s / mixed.total_s:.2f} times as fast as batch-adaptive."
+        )
+    if bound_s := sum(step.lower_bound_s for step in mixed.steps):
+        sentences.append(f"No plan could be more than {mixed.total_s / bound_s - 1:.1%} faster than {mixed.planner}'s.")
+    if mixed.median_solve_s > mixed.median_step_s:
+        sentences.append(
+            f"Planning a batch takes longer ({mixed.median_solve_s:.3g} s) than its step: one planner process does "
+            f"not keep up."
+        )
+    if (source := profile.provenance.get("source")) in ("estimated", "mixed"):
+        sentences.append(f"The profile is {source}, not measured: trust ratios before seconds.")
+    return tuple(sentences)
+
+
+def fastest_mixed(case: CaseFigures) -> PlannerFigures | None:
+    """The fastest of the planners that mix degrees."""
+    mixed = [figures for name, figures in case.planners.items() if name not in SINGLE_DEGREE]
+    return min(mixed, key=lambda figures: figures.total_s, default=None)
+
+
+def _gain(case: CaseFigures, mixed: PlannerFigures, static: PlannerFigures) -> str:
+    seconds = f"{mixed.median_step_s:.3g} s a step against {static.median_step_s:.3g} s"
+    said = f"{mixed.planner} is {mixed.speedup:.2f} times as fast as static degree {case.static_sp_degree}, {seconds}"
+    if len(mixed.steps) == 1:
+        return f"{said}."
+    low, high = min(mixed.step_speedups), max(mixed.step_speedups)
+    return f"{said} in the median over {len(mixed.steps)} steps ({low:.2f} to {high:.2f} step by step)."
+
+
+def _where_time_goes(mixed: PlannerFigures, static: PlannerFigures) -> str:
+    def shares(figures: PlannerFigures) -> str:
+        return f"{figures.exchange_share:.0%} exchange and {figures.idle_share:.0%} idle"
+
+    return f"Of static's device-seconds {shares(static)}; of {mixed.planner}'s {shares(mixed)}."
+
+
+def _why_little(case: CaseFigures, mixed: PlannerFigures, static: PlannerFigures, profile: Profile) -> list[str]:
+    """Reasons, each one true of these figures."""
+    degree = case.static_sp_degree
+    reasons = []
+    if degree == 1:
+        return ["one device holds every sequence up to the context limit, so there is no exchange to save"]
+    if static.exchange_share < CHEAP_EXCHANGE:
+        where = "inside a node" if degree <= profile.devices_per_node else "between nodes"
+        reasons.append(
+            f"static exchanges {where} for {static.exchange_share:.0%} of its time, and there is little to save"
+        )
+    needed = sum(share for d, share in mixed.tokens_by_degree.items() if d >= degree)
+    if needed > MOST_TOKENS:
+        reasons.append(f"{needed:.0%} of the tokens run at degree {degree} or above in {mixed.planner}'s plans too")
+    if mixed.fixed_share > MOST_TOKENS:
+        reasons.append(f"{mixed.fixed_share:.0%} of the time is the fixed cost of micro-batches, which stays")
+    return reasons or ["the batches leave one degree for all little exchange and little idle time to save"]
+
+
+def _single_degree_only(case: CaseFigures, static: PlannerFigures) -> tuple[str, ...]:
+    sentences = []
+    for name, figures in case.planners.items():
+        if name != BASELINE:
+            sentences.append(f"{name} is {figures.speedup:.2f} times as fast as static degree {case.static_sp_degree}.")
+    if bound_s := sum(step.lower_bound_s for step in static.steps):
+        sentences.append(f"No plan could be more than {static.total_s / bound_s:.2f} times as fast as static.")
+    return tuple(sentences)

@@ -1,0 +1,196 @@
+"""`flexsp simulate` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flexsp
+from flexsp.batches import global_batch
+from flexsp.cli.main import main
+from flexsp.planner import COMPARED
+from profiles import profile
+
+# Three quarters short, a few that need two or four of the four devices of 100 tokens.
+DOCUMENTS = [5, 9, 300, 12, 40, 150, 7, 7, 20, 33, 60, 5] * 4
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("docs.txt").write_text("".join(f"{length}\n" for length in DOCUMENTS))
+    profile(4).save("p.json")
+    return tmp_path
+
+
+def run(capsys, *flags: str) -> tuple[int, str, str]:
+    status = main(["simulate", *flags, "--workers", "1"])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+SMALL = ("docs.txt", "--profile", "p.json", "--batch-size", "12", "--iterations", "3")
+
+
+def test_it_prints_and_writes_the_same_figures_of_every_planner(files, capsys):
+    status, out, _ = run(capsys, *SMALL, "--output", "out")
+    assert status == 0
+    report = json.loads(Path("out/report.json").read_text())
+    assert list(report["planners"]) == ["flex", "batch-adaptive", "static"]
+    lengths = np.array(DOCUMENTS)
+    for name, figures in report["planners"].items():
+        options = {"sp_degree": 4} if name == "static" else {}
+        seconds = [
+            flexsp.plan(lengths[global_batch(48, 12, 0, step)], profile(4), name, **options).predicted_s
+            for step in range(3)
+        ]
+        assert [step["step_s"] for step in figures["steps"]] == seconds
+        assert figures["total_s"] == sum(seconds) and figures["median_step_s"] == sorted(seconds)[1]
+        assert f"{figures['median_step_s']:.3g} s" in out and f"{figures['speedup']:.2f}" in out
+    for sentence in report["sentences"]:
+        assert sentence in out
+    page = Path("out/report.html").read_text()
+    assert all(name in page for name in report["planners"])
+    rows = [line for line in out.splitlines() if line.split()[:1] and line.split()[0] in report["planners"]]
+    assert len([row for row in rows if row.rstrip().endswith(")")]) == 3 and max(map(len, rows[:3])) <= 80
+
+
+def test_a_step_of_the_output_can_be_checked_and_replayed(files, capsys):
+    run(capsys, *SMALL, "--output", "out")
+    report = json.loads(Path("out/report.json").read_text())
+    (folder,) = Path("out").glob("step-*")
+    step = int(folder.name.removeprefix("step-"))
+    batch, plan = str(folder / "lengths.txt"), str(folder / "flex.plan.json")
+    assert main(["check", batch, "p.json", plan]) == 0
+    capsys.readouterr()
+    status, out, _ = run(capsys, batch, "--profile", "p.json", "--plan", plan, "--output", "replayed")
+    assert status == 0
+    replayed = json.loads(Path("replayed/report.json").read_text())
+    (before,) = [s for s in report["planners"]["flex"]["steps"] if s["step"] == step]
+    (after,) = replayed["planners"]["flex.plan"]["steps"]
+    for name in ("step_s", "layout", "idle_share", "exchange_share", "peak_memory_bytes", "lower_bound_s"):
+        assert after[name] == before[name]
+    assert "0-3" in out or "0-1" in out  # the timeline's rows
+    trace = json.loads((next(Path("replayed").glob("step-*")) / "trace.json").read_text())
+    assert trace["traceEvents"]
+
+
+def test_a_hand_written_plan_is_judged(files, capsys):
+    Path("batch.txt").write_text("64\n16\n128\n32\n")
+    plan = {
+        "format": "flexsp-plan/1", "num_devices": 4,
+        "micro_batches": [
+            {"groups": [{"ranks": [0, 1], "sequences": [0, 3]}, {"ranks": [2], "sequences": [1]}]},
+            {"groups": [{"ranks": [0, 1, 2, 3], "sequences": [2]}]},
+        ],
+    }  # fmt: skip
+    Path("mine.json").write_text(json.dumps(plan))
+    status, out, _ = run(capsys, "batch.txt", "--profile", "p.json", "--plan", "mine.json", "--planners", "flex,static")
+    assert status == 0 and "mine" in out and "flex" in out and "<2,1> <4>" not in out
+    plan["micro_batches"][1]["groups"][0]["sequences"] = [2, 1]
+    Path("mine.json").write_text(json.dumps(plan))
+    status, _, err = run(capsys, "batch.txt", "--profile", "p.json", "--plan", "mine.json")
+    assert status == 2 and err.count("\n") == 1 and "mine.json: plan: " in err
+
+
+def test_sweeps_compare_corpora_limits_and_devices(files, capsys):
+    Path("short.txt").write_text("".join(f"{length}\n" for length in DOCUMENTS if length < 100))
+    flags = ("docs.txt", "short.txt", *SMALL[1:], "--max-length", "100,200", "--overlong", "split")
+    status, out, err = run(capsys, *flags, "--num-devices", "1,4", "--output", "out")
+    assert status == 0
+    cases = json.loads(Path("out/report.json").read_text())["cases"]
+    assert {(c["corpus"], c["max_length"], c["num_devices"]) for c in cases} == {
+        (corpus, limit, devices) for corpus in ("docs", "short") for limit, devices in ((100, 1), (100, 4), (200, 4))
+    } - ({(c, 100, 1) for c in ("docs", "short")} if "num_devices=1: " in err else set())
+    assert "max_length=200, num_devices=1" in err  # one device does not hold 200 tokens, and that is said
+    assert "speedup over static, all cases" in out
+    assert len(list(Path("out").glob("*/step-*"))) == len(cases)
+
+
+def test_planners_can_be_all_and_a_missing_solver_is_said(files, capsys):
+    status, out, _ = run(capsys, *SMALL[:-1], "1", "--planners", "all", "--time-limit-s", "2")
+    assert status == 0
+    for name in COMPARED:
+        assert f"{name} " in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size=0 must be at least 1"),
+        (["--iterations", "-1"], "--iterations=-1 must be at least 1"),
+        (["--batch-size", "49"], "batch_size=49 is above the 48 sequences of docs"),
+        (["--max-length", "64"], "docs[2]: length=300 exceeds max_length=64, as do 8 of 48"),
+        (["--max-length", "12q"], "--max-length='12q' must be a positive number of tokens"),
+        (["--max-length", "1K"], "max_length=1024 tokens fit into no group"),
+        (["--num-devices", "two"], "--num-devices='two' must be positive integers"),
+        (["--planners", "best"], "planner='best' is unknown; choose one of"),
+        (["--sp-degree", "3"], "sp_degree=3 must be one of sp_degrees=[1, 2, 4]"),
+        (["--policy", "recompute"], "policy='recompute' is not in the profile's policies (none)"),
+        (["--plan", "p.json"], "--batch-size=12 does not go with --plan"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(files, capsys, flags, message):
+    status, out, err = run(capsys, *SMALL, *flags)
+    assert (status, out) == (2, "")
+    assert err.startswith("flexsp simulate: ") and err.count("\n") == 1 and message in err
+
+
+def test_policies_are_left_out_with_a_notice_or_taken_for_all(files, capsys):
+    policies = {"recompute": {"activation_bytes_per_token": 5, "compute_factor": 1.3}}
+    document = profile(4).to_json()
+    document["memory"]["policies"] = policies
+    flexsp.Profile.from_json(document).save("p.json")
+    _, _, err = run(capsys, *SMALL)
+    assert "policies recompute of the profile are left out; --policy takes one" in err
+    _, out, err = run(capsys, *SMALL, "--policy", "recompute", "--output", "out")
+    assert err == "" and "test, recompute" in out
+    assert json.loads(Path("out/report.json").read_text())["static_sp_degree"] == 2  # half the bytes, half the degree
+
+
+SLOW = """
+import time, flexsp
+def planner(lengths, profile):
+    open("called", "a").write("x")
+    time.sleep(0.3)
+    return flexsp.plan(lengths, profile)
+"""
+
+
+def test_interrupt_keeps_what_is_done(files):
+    Path("slow.py").write_text(SLOW)
+    flags = [*SMALL[:-1], "60", "--planners", "slow:planner", "--workers", "1", "--output", "out"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "flexsp", "simulate", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(files)},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (Path("called").exists() and Path("called").stat().st_size >= 5) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130 and "Traceback" not in err, err
+    report = json.loads(Path("out/report.json").read_text())
+    done = report["iterations"]
+    assert 3 <= done < 60 and f"what follows is of the {done} steps done" in err
+    assert "slow:planner" in out and len(report["planners"]["static"]["steps"]) == done
+
+
+def test_it_needs_no_torch(files):
+    code = (
+        "import sys; sys.modules['torch'] = None; from flexsp.cli.main import main; "
+        "sys.exit(main(['simulate', *sys.argv[1:]]))"
+    )
+    flags = [*SMALL[:-1], "1", "--output", "out", "--workers", "1"]
+    assert subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, timeout=120).returncode == 0
