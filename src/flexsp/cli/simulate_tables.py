@@ -41,9 +41,9 @@ def show_legend(console: Console) -> None:
     """What the columns of `show_case` are."""
     say(
         console,
-        "\nstep: median seconds by the cost model, the optimizer apart; speedup: all steps against static; plan: "
-        "median planning time, the bound's included; exch, idle: share of the device-seconds; micro: micro-batches; GiB: the "
-        "most on a device; degrees: those used (different groups of more than one rank)",
+        "\nstep: median seconds by the cost model, the optimizer apart; speedup: all steps against static; "
+        "plan: median planning time with the bound's; exch, idle: share of the device-seconds; micro: micro-batches; "
+        "GiB: the most on a device; degrees: those used (different groups of more than one rank)",
     )
 
 

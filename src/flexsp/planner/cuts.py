@@ -21,6 +21,10 @@ from flexsp.planner.tables import Floats, Ints, Tables
 
 GRID = 64
 """Times of the grid."""
+LEAST_CUTS, MOST_CUTS = 64, 1536
+"""Positions evenly spaced by tokens, and as many by count."""
+CUTS_EACH = 8
+"""For each micro-batch."""
 
 
 def time_grid(t: Tables, size: int = GRID) -> Floats:
@@ -43,9 +47,18 @@ def time_grid(t: Tables, size: int = GRID) -> Floats:
     return np.geomspace(high_s / 100, high_s * 1.001, size)
 
 
-def boundaries(t: Tables, size: int = 64) -> Ints:
-    """(B,) ascending positions at which the sorted batch may be cut, with 0 and K: all among the longest, then some."""
+def fewest_micro_batches(t: Tables) -> int:
+    """As many as memory asks for at least."""
+    return max(1, math.ceil(float(t.tokens.sum()) / t.room_tokens.max()))
+
+
+def boundaries(t: Tables) -> Ints:
+    """(B,) ascending positions at which the sorted batch may be cut, with 0 and K: all among the longest, then some.
+
+    The more micro-batches memory asks for, the more positions: between two that are far apart memory is not filled.
+    """
     num = len(t.tokens)
+    size = min(max(LEAST_CUTS, CUTS_EACH * fewest_micro_batches(t)), MOST_CUTS)
     before = np.concatenate(([0], np.cumsum(t.tokens)))
     by_tokens = np.searchsorted(before, np.linspace(0, before[-1], size + 1))
     by_count = np.linspace(0, num, size + 1).astype(np.int64)

@@ -42,6 +42,11 @@ EXTRA_COUNTS = 4
 """Counts of micro-batches tried beyond the least that works."""
 SCALES = (1.0, 1.02, 1.05, 1.09, 1.14)
 """Targets relative to the surrogate's, which knows nothing of gaps."""
+START_EFFORT = 400
+"""How often the whole batch may be looked at in step 3 before no further count is tried; matters for many
+micro-batches, of which each looks at all that is left."""
+FULLER = (1.2, 1.5, 2.0, 4.0)
+"""Targets of micro-batches that are filled for memory's sake, relative to the surrogate's."""
 COARSE = (0.75, 0.85, 0.92, 0.96, 0.98, 1.0, 1.02, 1.04, 1.08, 1.16, 1.3)
 FINE = (0.97, 0.985, 0.993, 0.997, 1.003, 1.007, 1.015, 1.03)
 """Targets tried when two micro-batches are divided anew, relative to what the first takes."""
@@ -168,7 +173,7 @@ class _Search:
         self.steps = -10 if few else STEPS
 
     def run(self, to_the_deadline: bool) -> None:
-        starts = sorted(self._starts(), key=lambda start: start[0])
+        starts = sorted([*self._starts(), *self._fuller()], key=lambda start: start[0])
         if not starts:
             starts = [self._greedy()]
         for total_s, solution in starts:
@@ -198,10 +203,11 @@ class _Search:
         from flexsp.planner.search import copy_of, empty_solution, in_turn
 
         t = self.t
-        found, best_s, order = 0, math.inf, np.arange(len(t.tokens))
+        found, best_s, order, looked = 0, math.inf, np.arange(len(t.tokens)), 0.0
         for surrogate_s, targets_s, mode in self._targets():
-            if found and (surrogate_s >= best_s or self._late()):
+            if found and (surrogate_s >= best_s or looked > START_EFFORT or self._late()):
                 break
+            looked += len(SCALES) * len(targets_s) / 2
             solution, best = empty_solution(len(t.tokens), len(targets_s)), None
             own_s = math.inf
             for scale in SCALES:
@@ -215,9 +221,40 @@ class _Search:
                 best_s = min(best_s, own_s)
                 yield own_s, best
 
+    def _fuller(self) -> Iterator[tuple[float, Solution]]:
+        """Where cuts of the sorted row leave memory empty: the least micro-batches that memory allows, each filled for
+        longer, so that short sequences fill the memory beside long ones."""
+        from flexsp.planner.cuts import fewest_micro_batches
+        from flexsp.planner.search import copy_of, empty_solution, in_turn
+
+        t, targets = self.t, self._targets()
+        if not targets or self._late():
+            return
+        _, targets_s, mode = min(targets, key=lambda target: len(target[1]))
+        fewest, order = fewest_micro_batches(t), np.arange(len(t.tokens))
+        if len(targets_s) == fewest:
+            return
+        at = np.minimum(np.arange(len(targets_s)) * len(targets_s) // fewest, len(targets_s) - 1)
+        best, best_s = None, math.inf
+        for scale in FULLER:
+            solution = empty_solution(len(t.tokens), len(targets_s))
+            fuller_s = targets_s[at] * scale
+            total_s = in_turn(t, self.space, order, fuller_s, mode[at], min(best_s, 1e30), self.steps, solution)
+            if total_s < best_s:
+                best_s, best = total_s, copy_of(solution)
+        if best is not None:
+            yield best_s, best
+
     def _targets(self) -> list[tuple[float, np.ndarray, Ints]]:
         """Step 2: for each count of micro-batches, the surrogate's total, each one's seconds and mode."""
-        from flexsp.planner.cuts import area_prefix, best_cuts, boundaries, piece_seconds, time_grid
+        from flexsp.planner.cuts import (
+            area_prefix,
+            best_cuts,
+            boundaries,
+            fewest_micro_batches,
+            piece_seconds,
+            time_grid,
+        )
 
         t = self.t
         manners = len(t.degrees) + len(t.layouts)
@@ -229,8 +266,8 @@ class _Search:
             pieces.append(piece_seconds(t, grid_s, bounds, before, prefix_s, first, p))
         policy_of = np.argmin(pieces, axis=0)
         seconds = np.min(pieces, axis=0)
-        fewest = max(1, math.ceil(before[-1] / t.room_tokens.max()))
-        most = min(len(bounds) - 1, fewest + EXTRA_COUNTS + 4)
+        fewest = fewest_micro_batches(t)
+        most = min(len(bounds) - 1, fewest + 2 * EXTRA_COUNTS + fewest // 4)
         total_s, previous = best_cuts(seconds, most)
         targets = []
         for count in range(fewest, most + 1):
