@@ -36,6 +36,7 @@ class PlannedLoader:
         *,
         batch_size: int,
         steps: int,
+        first_step: int = 0,
         seed: int = 0,
         planner: str = "flex",
         options: Mapping[str, Any] | None = None,
@@ -47,7 +48,8 @@ class PlannedLoader:
             profile: the cost model, of as many devices as there are ranks.
             control: a CPU process group of all ranks (`GroupPool.control`).
             batch_size: sequences of a global batch.
-            steps: how many batches.
+            steps: how many batches, those before `first_step` included.
+            first_step: where to begin; those before it have been trained.
             seed: of the order.
             planner: a name in `flexsp.planner.PLANNERS`, or `module:function`.
             options: for the planner.
@@ -67,15 +69,14 @@ class PlannedLoader:
                 raise ValueError(f"{name}={value} must be at least 1; correct it")
         self._sequences, self._profile, self._control = sequences, profile, control
         self._batch_size, self._steps, self._seed, self._plan_ahead = batch_size, steps, seed, plan_ahead
-        self._submitted = 0
-        self._next = 0
+        self._first_step = self._submitted = self._next = first_step
         self._stale = 0  # plans under way that nobody wants any more
         self._planned_with: dict[int, Profile] = {}  # by step, for those submitted and not yet fetched
         self._service = PlanService(profile, planner, options or {}) if dist.get_rank() == 0 else None
-        self._submit(plan_ahead)
+        self._submit(first_step + plan_ahead)
 
     def __iter__(self) -> Iterator[PlannedBatch]:
-        for step in range(self._steps):
+        for step in range(self._first_step, self._steps):
             yield self._batch(step)
 
     def __enter__(self) -> Self:
@@ -151,7 +152,7 @@ class PlannedLoader:
         if plan_wait_s and dist.get_rank() == 0:
             why = (
                 ": nothing was planned before, and an installation's first plan compiles the planner"
-                if step == 0
+                if step == self._first_step
                 else ""
             )
             log.info("step %d waited %.3f s for its plan%s", step, plan_wait_s, why)

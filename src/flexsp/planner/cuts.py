@@ -49,7 +49,7 @@ def time_grid(t: Tables, size: int = GRID) -> Floats:
 
 def fewest_micro_batches(t: Tables) -> int:
     """As many as memory asks for at least."""
-    return max(1, math.ceil(float(t.tokens.sum()) / t.room_tokens.max()))
+    return max(1, math.ceil(float(t.tokens.sum()) / float(t.room_tokens.max())))
 
 
 def boundaries(t: Tables) -> Ints:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -117,7 +118,9 @@ class PlanService:
 
 
 def serve() -> None:
-    """The child: answers batches until its input ends."""
+    """The child: answers batches until its input ends, whatever signals its parent's group is sent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     answers, sys.stdout = sys.stdout, sys.stderr  # a planner that prints must not break the protocol
     setup = json.loads(sys.stdin.readline())
     sys.path[:] = setup["path"]

@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from flexsp.profiler.probe import Probe, Reading, Track, silent
 
 log = logging.getLogger(__name__)
 
+Made = TypeVar("Made")
 PROBE_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of a rank in the largest timed micro-batch, where its memory holds as many."""
 FIRST_TOKENS = 2048
@@ -302,8 +303,8 @@ def _widths(config: PreTrainedConfig) -> tuple[int, int]:
     return heads * head_dim, kv_heads * head_dim
 
 
-def from_first_rank(make: Callable[[], Profile], groups: GroupPool) -> Profile:
-    """The profile that rank 0 makes, or its error, on all ranks."""
+def from_first_rank(make: Callable[[], Made], groups: GroupPool) -> Made:
+    """What rank 0 makes, or its ValueError, on all ranks."""
     held: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -313,5 +314,4 @@ def from_first_rank(make: Callable[[], Profile], groups: GroupPool) -> Profile:
     dist.broadcast_object_list(held, src=0, group=groups.control)
     if isinstance(held[0], ValueError):
         raise held[0]
-    assert isinstance(held[0], Profile)
-    return held[0]
+    return cast(Made, held[0])

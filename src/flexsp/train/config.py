@@ -100,11 +100,25 @@ class RunConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 100
+    """Steps between checkpoints; the last step is saved too. 0: no checkpoints."""
+    keep_last: int = 2
+    """How many are kept; older ones are removed."""
+    resume: str = "auto"
+    """auto: go on from the last checkpoint in run.dir, if there is one; never: begin at step 0, in a run.dir without
+    checkpoints; or the path of a checkpoint."""
+    asynchronous: bool = True
+    """Write while training goes on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -113,6 +127,7 @@ SECTIONS: dict[str, type[Any]] = {
     "data": DataConfig,
     "planner": PlannerConfig,
     "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
     "run": RunConfig,
 }
 CHOICES = {
@@ -131,6 +146,8 @@ LEAST = {
     "train.warmup_steps": 0,
     "train.grad_clip": 0,
     "train.weight_decay": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep_last": 1,
     "run.compare_batches": 0,
     "run.timeout_s": 1,
     "planner.memory_fraction": 0,

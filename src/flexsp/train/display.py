@@ -40,20 +40,20 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.log.removeHandler(self._handler)
 
-    def track(self, items: Iterable[Item], total: int, what: str) -> Iterator[tuple[Item, StepLine]]:
-        """Each item with a StepLine, on which to say what became of it."""
+    def track(self, items: Iterable[Item], total: int, what: str, done: int = 0) -> Iterator[tuple[Item, StepLine]]:
+        """Each item with a StepLine, on which to say what became of it; `done` of the total are behind already."""
         with Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[said]}"),
             console=self.console, disable=not self.console.is_terminal or self.console.quiet,
         ) as bar:  # fmt: skip
-            task = bar.add_task(what, total=total, said="")
-            for done, item in enumerate(items, start=1):
+            task = bar.add_task(what, total=total, completed=done, said="")
+            for count, item in enumerate(items, start=done + 1):
                 line = StepLine()
                 yield item, line
-                bar.update(task, completed=done, said=line.text)
+                bar.update(task, completed=count, said=line.text)
                 if bar.disable and line.text:
-                    self.log.info("%s %d/%d: %s", what, done, total, line.text)
+                    self.log.info("%s %d/%d: %s", what, count, total, line.text)
 
     def tell(self, items: Sequence[Any], what: str) -> Iterator[tuple[Any, Callable[[str], None]]]:
         """Each item with a function that says what became of it: `track` as the profiler wants it."""

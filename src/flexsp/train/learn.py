@@ -42,22 +42,24 @@ def profile_sha256(profile: Profile) -> str:
     return hashlib.sha256(json.dumps(profile.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def go_on(started_from: Profile, folder: Path, correct: bool) -> Profile:
+def go_on(started_from: Profile, folder: Path, correct: bool, saved: Profile | None = None) -> Profile:
     """What an earlier run in `folder` learned, where it started from the same profile; else that profile itself.
 
     Args:
         started_from: the measured or given profile.
         folder: of the run.
+        saved: what a checkpoint holds, where the folder holds nothing.
         correct: whether times are corrected; else only the memory estimate is taken over.
     """
     path = folder / FILE
-    if not path.exists():
+    learned = Profile.load(path) if path.exists() else saved
+    if learned is None or (learned is saved and STARTED_FROM not in learned.provenance):
         return started_from
-    learned = Profile.load(path)
+    where = "the checkpoint" if learned is saved else str(path)
     if learned.provenance.get(STARTED_FROM) != profile_sha256(started_from):
-        log.info("profile: %s was learned from another profile and is not used", path)
+        log.info("profile: %s was learned from another profile and is not used", where)
         return started_from
-    log.info("profile: going on from what the last run in this folder learned, %s", path)
+    log.info("profile: going on from what the last run in this folder learned, %s", where)
     return learned if correct else replace(started_from, memory=learned.memory)
 
 
@@ -72,6 +74,7 @@ class Learner:
         device: torch.device,
         folder: Path,
         correct: bool,
+        first_step: int = 0,
     ) -> None:
         """
         Args:
@@ -81,7 +84,9 @@ class Learner:
             device: of this rank.
             folder: of the run.
             correct: whether times are corrected.
+            first_step: of this process, which warms up anew.
         """
+        self._first_step = first_step
         self.profile = profile
         self._started_from = profile_sha256(started_from)
         self._groups, self._folder = groups, folder
@@ -143,7 +148,7 @@ class Learner:
             "predicted_peak_bytes": math.ceil(max(predicted_peaks)),
         }
         new: Profile | None = None
-        if self._correction is not None and batch.step >= WARM_UP:
+        if self._correction is not None and batch.step >= self._first_step + WARM_UP:
             new = self._correction.observe(plan, batch.lengths, times)
             metrics["ratios"] = self._correction.ratios
         if new is not None:

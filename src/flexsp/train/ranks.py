@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,31 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
     # After another error nothing is torn down: other ranks may be in a collective, the word on the error would wait for
     # them, and the process ends anyway.
     dist.destroy_process_group()
+
+
+class StopSignal:
+    """SIGTERM as a request, while inside: the step is finished first. After a second one the process ends at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> StopSignal:
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self._asked = True
+        signal.signal(signal.SIGTERM, self._before)
+
+    def asked(self, control: dist.ProcessGroup) -> bool:
+        """Whether any rank was asked to stop. A collective: the signal reaches ranks at different steps."""
+        asked = torch.tensor([int(self._asked)])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=control)
+        return bool(asked.item())
 
 
 def first_to_say(text: str) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,13 +23,16 @@ from flexsp.planner import find_planner
 from flexsp.profile import Profile
 from flexsp.profiler.measure import from_first_rank
 from flexsp.train import build
+from flexsp.train.checkpoint import Checkpoints, load_checkpoint
 from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display, step_text
 from flexsp.train.export import save_pretrained
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.out_of_memory import OutOfMemoryError, describe, is_out_of_memory
-from flexsp.train.ranks import announce_failure, joined_ranks
+from flexsp.train.ranks import StopSignal, announce_failure, joined_ranks
+from flexsp.train.records import Records
+from flexsp.train.resume import Start, find_start
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +52,20 @@ def run_from_config(path: str, overrides: Sequence[str]) -> int:
 def train(config: Config, display: Display) -> None:
     """One run.
 
-    1. Open the corpus, build the model, join it to the ranks.
-    2. Load or measure the profile; go on from what an earlier run in the same folder learned.
-    3. Train on planned batches; one line of metrics a step. Measured times and memory correct the profile.
-    4. Compare the planners on further batches, weights untouched.
-    5. Save the model.
+    1. Find the checkpoint to go on from, if any.
+    2. Open the corpus, build the model, join it to the ranks.
+    3. Load or measure the profile; go on from what an earlier run in the same folder learned.
+    4. Train on planned batches; one line of metrics a step. Measured times and memory correct the profile. Checkpoints.
+    5. Compare the planners on further batches, weights untouched.
+    6. Save the model.
+
+    SIGTERM ends it after a step and a checkpoint.
     """
     transformers_logging.disable_progress_bar()
     find_planner(config.planner.name)  # a wrong name is an error before anything slow
+    groups = GroupPool(timeout=datetime.timedelta(seconds=config.run.timeout_s))
+    start = from_first_rank(lambda: find_start(config), groups)
+    first_step = 0 if start is None else start.steps
     sequences = build.build_sequences(config)
     model = build.build_model(config.model, config.train.seed)
     build.check_fit(model, sequences, config.data.max_length)
@@ -67,17 +75,18 @@ def train(config: Config, display: Display) -> None:
         type(model).__name__, f"{num_parameters:,}", dist.get_world_size(), dist.get_backend(),
     )  # fmt: skip
     model = build.prepare(model, config.model)
-    groups = GroupPool(timeout=datetime.timedelta(seconds=config.run.timeout_s))
     folder = Path(config.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     measured = build.build_profile(config, model, groups, display)
-    profile = from_first_rank(lambda: go_on(measured, folder, config.planner.correct), groups)
+    saved = None if start is None else start.profile
+    profile = from_first_rank(lambda: go_on(measured, folder, config.planner.correct, saved), groups)
     build.check_profile(profile, config, None if profile == measured else folder / FILE)
     device = next(model.parameters()).device
-    learner = Learner(measured, profile, groups, device, folder, config.planner.correct)
+    learner = Learner(measured, profile, groups, device, folder, config.planner.correct, first_step)
 
-    with _loader(config, sequences, profile, groups, config.planner.name) as loader:
-        _train_steps(config, model, loader, groups, learner, display)
+    with _loader(config, sequences, profile, groups, first_step) as loader:
+        if not _train_steps(config, model, loader, groups, learner, start, display):
+            return
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
     if compared:
         report = compare_planners(model, compared, learner.profile, groups, config.data.max_length, display)
@@ -88,9 +97,11 @@ def train(config: Config, display: Display) -> None:
         save_pretrained(model, folder / "model")
 
 
-def _loader(config: Config, sequences: Sequences, profile: Profile, groups: GroupPool, planner: str) -> PlannedLoader:
+def _loader(
+    config: Config, sequences: Sequences, profile: Profile, groups: GroupPool, first_step: int
+) -> PlannedLoader:
     options: dict[str, Any] = dict(config.planner.options)
-    if planner == "static":
+    if config.planner.name == "static":
         options.setdefault("max_length", int(config.data.max_length))
     return PlannedLoader(
         sequences,
@@ -98,8 +109,9 @@ def _loader(config: Config, sequences: Sequences, profile: Profile, groups: Grou
         groups.control,
         batch_size=config.train.batch_size,
         steps=config.train.steps,
+        first_step=first_step,
         seed=config.train.seed,
-        planner=planner,
+        planner=config.planner.name,
         options=options,
         plan_ahead=config.planner.plan_ahead,
     )
@@ -111,12 +123,22 @@ def _train_steps(
     loader: PlannedLoader,
     groups: GroupPool,
     learner: Learner,
+    start: Start | None,
     display: Display,
-) -> None:
+) -> bool:
+    """Trains what is left of the steps; False where SIGTERM ended it before the last."""
     optimizer, schedule = build.build_optimizer(model, config.train)
-    mixed = 0
-    with _metrics_file(Path(config.run.dir)) as file:
-        for batch, line in display.track(loader, config.train.steps, "training"):
+    checkpoints = Checkpoints(config, groups.control)
+    first_step = 0
+    if start is not None:
+        load_checkpoint(start.path, start.state, model, optimizer, schedule)
+        if start.path.parent.parent.resolve() == Path(config.run.dir).resolve():
+            checkpoints.loaded(start.steps)
+        first_step = start.steps
+        log.info("checkpoint: going on after step %d of %d, from %s", first_step, config.train.steps, start.path)
+    mixed, steps = 0, config.train.steps
+    with StopSignal() as stop, Records(Path(config.run.dir), append=start is not None) as records:
+        for batch, line in display.track(loader, steps, "training", first_step):
             learner.watch()
             try:
                 metrics, result = _train_step(config, model, batch, groups, optimizer, learner)
@@ -132,15 +154,24 @@ def _train_steps(
             metrics |= learned
             mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
             line.say(step_text(metrics, str(batch.plan)))
-            if file is not None:
-                file.write(json.dumps(metrics) + "\n")
-                file.flush()
+            records.write(metrics, batch)
+            stopping = stop.asked(groups.control)
+            checkpoints.after_step(batch.step + 1, model, optimizer, schedule, learner.profile, last=stopping)
+            if stopping and batch.step + 1 < steps:
+                checkpoints.finish()
+                kept = "saved" if config.checkpoint.every else "not saved, as checkpoint.every is 0"
+                log.info(
+                    "stopped by SIGTERM after step %d of %d, %s; the same command goes on", batch.step + 1, steps, kept
+                )
+                return False
+    checkpoints.finish()
     log.info(
         "training: %d of %d steps mixed degrees in a micro-batch; %d process groups were made",
-        mixed, config.train.steps, groups.num_groups,
+        mixed, steps - first_step, groups.num_groups,
     )  # fmt: skip
     if learner.most_bytes:
         log.info("training: a rank held %.2f GiB at the most", learner.most_bytes / 2**30)
+    return True
 
 
 def _out_of_memory(model: PreTrainedModel, batch: PlannedBatch, learner: Learner) -> RuntimeError:
@@ -193,19 +224,3 @@ def _train_step(
         "tokens_per_s": tokens / step_s,
     }
     return metrics, result
-
-
-class _metrics_file:
-    """metrics.jsonl of the run folder on rank 0; None on the others."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file: TextIO | None = None
-        if dist.get_rank() == 0:
-            self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-
-    def __enter__(self) -> TextIO | None:
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()

@@ -1,0 +1,278 @@
+"""Checkpoints: written aside while training goes on, renamed once whole, so that the last good one always stands.
+
+    checkpoints/step-00000040/       after 40 steps
+        state.json                   step, config, versions, learning rates, what was learned of the profile
+        .metadata  *.distcp          weights, optimizer, random numbers (torch.distributed.checkpoint)
+    checkpoints/step-00000060.part/  one that is being written, or that a kill left: never read, removed at a start
+
+Weights and optimizer are saved by name and sliced anew when they are loaded, so any number of ranks can go on from
+them. All ranks must see the folder.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import shutil
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from transformers import PreTrainedModel
+
+import flexsp
+from flexsp import jsonfields as jf
+from flexsp.profile import Profile
+from flexsp.train.config import Config
+from flexsp.train.safe_load import SafeLoadPlanner, SafeReader
+
+log = logging.getLogger(__name__)
+
+FORMAT = "flexsp-checkpoint/1"
+FOLDER, STATE, PART = "checkpoints", "state.json", ".part"
+OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+"""By parameter, not by position: on another number of ranks the positions mean the same, but nobody could tell."""
+
+Schedule = torch.optim.lr_scheduler.LRScheduler
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message says which and why. Raised on all ranks alike."""
+
+
+class Checkpoints:
+    """Those of a run's folder: saves after every so many steps, and keeps the last few. All methods are collectives."""
+
+    def __init__(self, config: Config, control: dist.ProcessGroup) -> None:
+        """
+        Args:
+            config: of the run.
+            control: a CPU group of all ranks.
+        """
+        self._config, self._control = config, control
+        self._folder = Path(config.run.dir) / FOLDER
+        # what is written meanwhile must not get in the way of the step's own collectives
+        timeout = datetime.timedelta(seconds=config.run.timeout_s)
+        self._writers: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+        self._writing: tuple[int, Future[Any]] | None = None
+        self._saved = -1
+        if dist.get_rank() == 0:
+            for left in self._folder.glob(f"step-*{PART}"):
+                shutil.rmtree(left)
+        dist.barrier(group=control)
+
+    def after_step(
+        self,
+        steps: int,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        profile: Profile,
+        last: bool = False,
+    ) -> None:
+        """Saves where `[checkpoint] every` says so, and after the last step. `steps`: how many have been done."""
+        if self._writing is not None and self._writing[1].done() and self._writing[1].exception() is None:
+            self._keep(self._writing[0])  # at once: a kill before the next one must not cost it
+        every = self._config.checkpoint.every
+        if every and (last or steps == self._config.train.steps or steps % every == 0):
+            self.save(steps, model, optimizer, schedule, profile)
+
+    def save(
+        self, steps: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, schedule: Schedule, profile: Profile
+    ) -> None:
+        """Begins to save what there is after so many `steps`, unless that is saved; waits for the one before it.
+
+        Raises:
+            CheckpointError: the one before it could not be written, or this one could not be begun.
+        """
+        self.finish()
+        if steps == self._saved:
+            return
+        part = self._path(steps).with_name(self._path(steps).name + PART)
+        error = ""
+        if dist.get_rank() == 0:
+            try:
+                part.mkdir(parents=True)
+                jf.write_object(part / STATE, _state(steps, self._config, schedule, profile))
+            except (OSError, ValueError) as caught:
+                error = str(caught)
+        self._agree(steps, error)
+        tensors = _tensors(model, optimizer)
+        if self._config.checkpoint.asynchronous:
+            future = async_save(tensors, checkpoint_id=part, process_group=self._writers)
+            assert isinstance(future, Future)
+        else:
+            future = Future()
+            try:
+                future.set_result(save(tensors, checkpoint_id=part, process_group=self._writers))
+            except (Exception, CheckpointException) as caught:
+                future.set_exception(caught)
+        self._writing = steps, future
+
+    def finish(self) -> None:
+        """Waits until what is being written is whole, renames it and removes old ones.
+
+        Raises:
+            CheckpointError: a rank could not write its part.
+        """
+        if self._writing is None:
+            return
+        (steps, future), self._writing = self._writing, None
+        error = ""
+        try:
+            future.result()
+        except (Exception, CheckpointException) as caught:  # of any kind: the disk, the writers' collectives
+            error = _cause(caught)
+        self._agree(steps, error)
+        self._agree(steps, self._keep(steps))
+        self._saved = steps
+
+    def _keep(self, steps: int) -> str:
+        """On rank 0, once all ranks have written: gives the checkpoint its name and removes old ones; what failed.
+
+        Rank 0 gathers from all ranks what they wrote before its own part is done.
+        """
+        final = self._path(steps)
+        part = final.with_name(final.name + PART)
+        if dist.get_rank() != 0 or not part.exists():
+            return ""
+        try:
+            os.replace(part, final)
+            self._forget(steps)
+        except OSError as error:
+            return str(error)
+        log.info("checkpoint: step %d saved as %s", steps, final)
+        return ""
+
+    def loaded(self, steps: int) -> None:
+        """The run goes on after so many `steps` from a checkpoint in its folder, which need not be saved again."""
+        self._saved = steps
+
+    def _path(self, steps: int) -> Path:
+        return self._folder / f"step-{steps:08d}"
+
+    def _forget(self, steps: int) -> None:
+        """Removes the oldest beyond `keep_last`; a name that is read nowhere first, so that no half is ever taken."""
+        kept = [path for path in saved_checkpoints(self._folder.parent) if steps_of(path) <= steps]
+        for path in kept[: -self._config.checkpoint.keep_last]:
+            aside = path.with_name(path.name + PART)
+            os.replace(path, aside)
+            shutil.rmtree(aside)
+
+    def _agree(self, steps: int, error: str) -> None:
+        """Raises on all ranks where one has an error."""
+        errors: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=self._control)
+        for rank, text in enumerate(errors):
+            if text:
+                raise CheckpointError(f"step {steps}: rank {rank} could not write the checkpoint: {text}")
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run's folder, the oldest first."""
+    found = [path for path in (folder / FOLDER).glob("step-*") if steps_of(path) >= 0 and (path / STATE).is_file()]
+    return sorted(found, key=steps_of)
+
+
+def steps_of(path: Path) -> int:
+    """The steps in a checkpoint's name; -1 where it is none."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isascii() and number.isdigit() else -1
+
+
+def load_checkpoint(
+    path: Path,
+    state: dict[str, Any],
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+) -> None:
+    """Puts a checkpoint into model, optimizer and schedule; random numbers too, for ranks that it was saved by.
+
+    A collective. Nothing in the files is executed.
+
+    Args:
+        path: the checkpoint's folder.
+        state: its state.json.
+        model: of the same config.
+        optimizer: over the model's parameters.
+        schedule: of the optimizer.
+
+    Raises:
+        ValueError: the files are damaged or of another model.
+    """
+    tensors = _tensors(model, optimizer)
+    if dist.get_rank() >= state["world_size"]:
+        del tensors["random"]
+    try:
+        load_tensors(tensors, storage_reader=SafeReader(path), planner=SafeLoadPlanner())
+        set_state_dict(
+            model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=OPTIONS
+        )
+        schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
+    except (Exception, CheckpointException) as error:  # torch raises many kinds
+        raise ValueError(f"{path}: the checkpoint cannot be loaded ({_cause(error)}); give another one") from None
+    if "random" in tensors:
+        _set_random(tensors["random"][f"rank {dist.get_rank()}"])
+
+
+def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What torch.distributed.checkpoint saves and fills: the same keys before saving and before loading."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
+    return {"model": model_state, "optimizer": optimizer_state, "random": {f"rank {dist.get_rank()}": _random()}}
+
+
+def _random() -> dict[str, Tensor]:
+    """The state of this rank's random numbers: torch's, since nothing else draws any while training."""
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _set_random(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _state(steps: int, config: Config, schedule: Schedule, profile: Profile) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "step": steps,
+        "world_size": dist.get_world_size(),
+        "config": asdict(config),
+        "versions": {
+            "flexsp": flexsp.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "schedule": {key: value for key, value in schedule.state_dict().items() if _is_json(value)},
+        "profile": profile.to_json(),
+    }
+
+
+def _is_json(value: Any) -> bool:
+    """Whether it is made of numbers and lists of them: schedules hold functions beside, which the config makes anew."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return isinstance(value, int | float) or value is None
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what is behind an error of torch's checkpoint package."""
+    for inner in getattr(error, "failures", {}).values():
+        found = inner[0] if isinstance(inner, tuple) else inner
+        return _cause(found)
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,69 @@
+"""What a run writes down at each step: metrics.jsonl, and which sequences were trained.
+
+A run that goes on appends. Steps after its checkpoint are then there twice, and the last row of a step is the one that
+counts: it tells of the weights that live on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+
+from flexsp.data import PlannedBatch
+
+METRICS, SEQUENCES = "metrics.jsonl", "sequences.jsonl"
+
+
+class Records:
+    """The run folder's logs, on rank 0; the others write nothing."""
+
+    def __init__(self, folder: Path, append: bool) -> None:
+        """
+        Args:
+            folder: of the run; it exists.
+            append: whether the run goes on; else it begins, and what is there is overwritten.
+        """
+        self._folder, self._mode = folder, "a" if append else "w"
+        self._files: dict[str, IO[str]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Records:
+        if dist.get_rank() == 0:
+            for name in (METRICS, SEQUENCES):
+                path = self._folder / name
+                torn = self._mode == "a" and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+                self._files[name] = self._stack.enter_context(open(path, self._mode, encoding="utf-8"))
+                if torn:  # a kill in the middle of a row
+                    self._files[name].write("\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def write(self, metrics: Mapping[str, Any], batch: PlannedBatch) -> None:
+        """A step has been trained: its metrics, and the ids of its sequences."""
+        for name, row in ((METRICS, metrics), (SEQUENCES, {"step": batch.step, "ids": batch.sequence_ids.tolist()})):
+            if name in self._files:
+                self._files[name].write(json.dumps(row) + "\n")
+                self._files[name].flush()
+
+
+def last_rows(path: Path) -> dict[int, dict[str, Any]]:
+    """The row that counts of each step; rows that a kill tore are left out.
+
+    Args:
+        path: a file that `Records` wrote.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[int(row["step"])] = row
+    return rows

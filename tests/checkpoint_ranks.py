@@ -1,0 +1,149 @@
+"""What ranks do in the tests of checkpoints."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flexsp.parallel import GroupPool, prepare_model
+from flexsp.train.build import build_optimizer
+from flexsp.train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
+from flexsp.train.config import Config, parse_config
+from flexsp.train.resume import find_start
+from profiles import profile
+
+MODEL = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+_pool: dict[int, GroupPool] = {}
+
+
+def control() -> dist.ProcessGroup:
+    """One control group for all tests in these processes."""
+    return _pool.setdefault(0, GroupPool()).control
+
+
+def config_of(folder: str, **checkpoint: object) -> Config:
+    return parse_config({
+        "model": {"config": MODEL}, "data": {"max_length": 256}, "train": {"steps": 50, "lr": 0.1, "warmup_steps": 5},
+        "checkpoint": {"every": 1, **checkpoint}, "run": {"dir": folder},
+    })  # fmt: skip
+
+
+def built(config: Config, seed: int):
+    torch.manual_seed(seed)
+    fields = {k: v for k, v in MODEL.items() if k != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **fields))
+    return prepare_model(model), *build_optimizer(model, config.train)
+
+
+def step(model, optimizer, schedule, number: int) -> None:
+    """A step whose gradients are made up, the same whatever the number of ranks."""
+    for index, parameter in enumerate(model.parameters()):
+        whole = torch.sin(torch.arange(parameter.numel(), dtype=torch.float32) * (index + 1) + number)
+        from torch.distributed.tensor import distribute_tensor
+
+        parameter.grad = distribute_tensor(whole.view(parameter.shape), parameter.device_mesh, parameter.placements)
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+
+
+def whole(model, optimizer) -> list[torch.Tensor]:
+    """All weights and optimizer states."""
+    found = []
+    for parameter in model.parameters():
+        found.append(parameter.detach().full_tensor())
+        for value in optimizer.state[parameter].values():
+            found.append(value.full_tensor() if hasattr(value, "full_tensor") else value.clone())
+    return found
+
+
+def save_then_go_on(folder: str, asynchronous: bool) -> None:
+    """Saves after 3 steps and goes on at once: what is saved must be what was there after 3."""
+    config = config_of(folder, asynchronous=asynchronous, keep_last=2)
+    model, optimizer, schedule = built(config, 0)
+    checkpoints = Checkpoints(config, control())
+    for number in range(3):
+        step(model, optimizer, schedule, number)
+    expected, learning_rate = whole(model, optimizer), optimizer.param_groups[0]["lr"]
+    checkpoints.save(3, model, optimizer, schedule, profile(4))
+    random = torch.get_rng_state()
+    for number in range(3, 6):
+        step(model, optimizer, schedule, number)
+    torch.rand(5)
+    checkpoints.finish()
+    if dist.get_rank() == 0:
+        torch.save({"tensors": expected, "lr": learning_rate, "random": random}, Path(folder) / "expected.pt")
+    dist.barrier()
+
+
+def load_and_compare(folder: str) -> str:
+    """What of the checkpoint is not as it was saved."""
+    config = config_of(folder)
+    model, optimizer, schedule = built(config, 1)
+    start = find_start(config)
+    assert start is not None and start.steps == 3
+    load_checkpoint(start.path, start.state, model, optimizer, schedule)
+    expected = torch.load(Path(folder) / "expected.pt", weights_only=True)
+    found = whole(model, optimizer)
+    if len(found) != len(expected["tensors"]):
+        return f"{len(found)} tensors instead of {len(expected['tensors'])}"
+    for index, (ours, theirs) in enumerate(zip(found, expected["tensors"], strict=True)):
+        if not torch.equal(ours, theirs):
+            return f"tensor {index} differs by {(ours - theirs).abs().max()}"
+    if optimizer.param_groups[0]["lr"] != expected["lr"]:
+        return f"learning rate {optimizer.param_groups[0]['lr']} instead of {expected['lr']}"
+    if dist.get_rank() == 0 and not torch.equal(torch.get_rng_state(), expected["random"]):
+        return "random numbers differ"
+    before = optimizer.param_groups[0]["lr"]
+    step(model, optimizer, schedule, 3)
+    return "" if optimizer.param_groups[0]["lr"] > before else "the schedule's warm-up does not go on"
+
+
+def load_error(folder: str) -> str:
+    """The error of loading, if any."""
+    config = config_of(folder)
+    try:
+        start = find_start(config)
+        assert start is not None
+        load_checkpoint(start.path, start.state, *built(config, 1))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def save_many(folder: str, count: int) -> None:
+    config = config_of(folder, keep_last=2)
+    state = built(config, 0)
+    checkpoints = Checkpoints(config, control())
+    for number in range(count):
+        step(*state, number)
+        checkpoints.after_step(number + 1, *state, profile(4))
+    checkpoints.finish()
+
+
+def save_on_a_full_disk(folder: str, full_rank: int) -> str:
+    """A rank may write no more than a few bytes to a file; the error that each rank gets."""
+    config = config_of(folder)
+    state = built(config, 0)
+    checkpoints = Checkpoints(config, control())
+    step(*state, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if dist.get_rank() == full_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        checkpoints.save(1, *state, profile(4))
+        checkpoints.finish()
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return ""

@@ -1,0 +1,144 @@
+"""Checkpoints: whole or not there, the same on any number of ranks, and read as data."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+import checkpoint_ranks as do
+from flexsp.train.checkpoint import FOLDER, PART, saved_checkpoints
+from flexsp.train.resume import find_start
+
+
+@pytest.mark.parametrize(("asynchronous", "loading"), [(True, 4), (True, 2), (False, 2)])
+def test_what_is_saved_on_four_ranks_is_what_was_there_then(ranks, tmp_path, asynchronous, loading):
+    """Weights, optimizer, learning rate and random numbers, while the run went on before the writing ended."""
+    ranks(4).run(do.save_then_go_on, str(tmp_path), asynchronous)
+    assert ranks(loading).run(do.load_and_compare, str(tmp_path)) == [""] * loading
+
+
+def test_the_last_few_are_kept_and_what_a_kill_left_is_removed(ranks, tmp_path):
+    (tmp_path / FOLDER / f"step-00000009{PART}").mkdir(parents=True)
+    ranks(2).run(do.save_many, str(tmp_path), 5)
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_half_a_checkpoint_is_never_taken(ranks, tmp_path):
+    ranks(2).run(do.save_many, str(tmp_path), 2)
+    last = saved_checkpoints(tmp_path)[-1]
+    last.rename(last.with_name(last.name + PART))  # as a kill while writing leaves it
+    assert find_start(do.config_of(str(tmp_path))).steps == 1
+
+
+@pytest.mark.parametrize("full_rank", [0, 1])
+def test_a_full_disk_is_one_error_on_all_ranks(broken_ranks, tmp_path, full_rank):
+    errors = broken_ranks(2).run(do.save_on_a_full_disk, str(tmp_path), full_rank)
+    assert len(set(errors)) == 1, errors
+    assert errors[0].startswith(f"step 1: rank {full_rank} could not write the checkpoint: ") or "rank 0" in errors[0]
+    assert "File too large" in errors[0] and "\n" not in errors[0]
+    assert not saved_checkpoints(tmp_path)
+
+
+# ---- reading
+
+
+@pytest.fixture
+def saved(ranks, tmp_path) -> Path:
+    ranks(2).run(do.save_many, str(tmp_path), 1)
+    return saved_checkpoints(tmp_path)[-1]
+
+
+class Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("damage", ["evil list", "evil class", "no list", "cut list", "cut tensors", "no tensors"])
+def test_a_damaged_or_evil_checkpoint_is_one_line_and_runs_nothing(broken_ranks, saved, tmp_path, damage):
+    listed, (tensors, *_) = saved / ".metadata", sorted(saved.glob("*.distcp"))
+    made = tmp_path / "made"
+    if damage == "evil list":
+        listed.write_bytes(pickle.dumps(Evil(made)))
+    elif damage == "evil class":
+        listed.write_bytes(b"cposix\nsystem\n(S'touch " + str(made).encode() + b"'\ntR.")
+    elif damage == "no list":
+        listed.unlink()
+    elif damage == "cut list":
+        listed.write_bytes(listed.read_bytes()[:100])
+    elif damage == "cut tensors":
+        tensors.write_bytes(tensors.read_bytes()[: tensors.stat().st_size // 2])
+    else:
+        tensors.unlink()
+    errors = broken_ranks(2).run(do.load_error, str(tmp_path))
+    assert not made.exists()
+    for error in errors:
+        assert "the checkpoint cannot be loaded (" in error and "\n" not in error
+
+
+def config_with(folder: Path, section: str, **changes):
+    config = do.config_of(str(folder))
+    from dataclasses import replace
+
+    return replace(config, **{section: replace(getattr(config, section), **changes)})
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("train", {"lr": 0.2}, r"train.lr=0.2 is not 0.1, with which .*step-00000001 was made; restore it, or"),
+        ("train", {"seed": 7}, r"train.seed=7 is not 0"),
+        ("data", {"max_length": 128}, r"data.max_length=128 is not 256"),
+        ("model", {"config": {**do.MODEL, "hidden_size": 32}}, r"model.config.hidden_size=32 is not 16"),
+        ("model", {"config": {**do.MODEL, "more": 1}}, r"model.config.more=1 is not None"),
+        ("checkpoint", {"resume": "never"}, r"resume='never', but run.dir=.* holds checkpoints, the last of step 1"),
+        ("checkpoint", {"resume": "nowhere"}, r"resume='nowhere' must be 'auto', 'never' or the path of a checkpoint"),
+    ],
+)
+def test_a_start_that_cannot_go_on_says_what_differs(saved, tmp_path, section, changes, message):
+    with pytest.raises(ValueError, match=message):
+        find_start(config_with(tmp_path, section, **changes))
+
+
+def test_what_does_not_decide_the_weights_may_change(saved, tmp_path):
+    for section, changes in (("planner", {"name": "static"}), ("run", {"compare_batches": 3})):
+        assert find_start(config_with(tmp_path, section, **changes)).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format", "flexsp-checkpoint/2", r"format='flexsp-checkpoint/2' must be 'flexsp-checkpoint/1'"),
+        ("step", "one", r"step='one' must be an integer"),
+        ("step", None, r"the field 'step' is missing"),
+        ("config", [], r"config=\[\] must be a JSON object"),
+        ("step", 51, r"train.steps=50 is below the 51 steps"),
+    ],
+)
+def test_a_wrong_state_file_names_the_field(saved, tmp_path, key, value, message):
+    path = saved / "state.json"
+    state = json.loads(path.read_text())
+    state[key] = value
+    if value is None:
+        del state[key]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=message):
+        find_start(do.config_of(str(tmp_path)))
+
+
+def test_an_older_checkpoint_is_not_forked_below_a_newer_one(ranks, tmp_path):
+    ranks(2).run(do.save_many, str(tmp_path), 2)
+    older, newer = saved_checkpoints(tmp_path)
+    config = config_with(tmp_path, "checkpoint", resume=str(older))
+    with pytest.raises(ValueError, match=r"holds .*step-00000002, which the next start would take; remove it or"):
+        find_start(config)
+    shutil.rmtree(newer)
+    assert find_start(config).steps == 1
