@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from flexsp.plans import Group, MicroBatch, Plan
 from flexsp.train.learn import FILE, Learner, go_on, profile_sha256
 from flexsp.train.out_of_memory import HEADROOM, describe, is_out_of_memory, raised_activation_bytes
 from flexsp.train.ranks import joined_ranks
+from flexsp.train.records import METRICS, last_rows
 from profiles import profile
 from test_train import CONFIG
 
@@ -204,8 +206,9 @@ def train_within(folder: Path, data_bytes: int, *flags: str) -> subprocess.Compl
     """Two ranks whose processes may hold so many bytes of data: real allocations fail beyond."""
     command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "flexsp", "train", "config.toml")
     flags = (
-        "--planner.max_tokens_per_rank", "0", "--planner.sp_degrees", "[1, 2]", "--train.steps", "2",
-        "--train.batch_size", "96", "--run.compare_batches", "0", "--run.save_model", "false", *flags,
+        "--planner.max_tokens_per_rank", "0", "--planner.sp_degrees", "[1, 2]", "--train.steps", "4",
+        "--train.batch_size", "96", "--run.compare_batches", "0", "--run.save_model", "false",
+        "--checkpoint.every", "2", *flags,
     )  # fmt: skip
     return subprocess.run(
         [sys.executable, *command, *flags],
@@ -228,7 +231,7 @@ def runs_until_it_fits(
         assert "out of memory on rank" in ours[0]
         assert "tokens" in ours[0] and "start the same command again" in ours[0]
         assert "flexsp/" not in run.stderr  # no traceback of ours on any rank
-        learned = folder / (flags[-1] if flags else "out") / FILE
+        learned = folder / "out" / FILE
         estimates.append(Profile.load(learned).memory.activation_bytes_per_token)
     return run, estimates
 
@@ -236,8 +239,8 @@ def runs_until_it_fits(
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts all private memory on Linux alone")
 def test_running_out_of_memory_is_one_error_and_the_next_run_plans_within_the_raised_estimate(tmp_path):
-    """A process limit, real allocations: first a run that measures its profile and keeps within it, then a profile that
-    underrates activations twentyfold."""
+    """A process limit, real allocations: first a run that measures its profile and keeps within it, then, as if that
+    had been killed after two steps, a profile that underrates activations twentyfold."""
     limit = data_bytes_at_rest() + 550 * 2**20
     wide = CONFIG.replace("hidden_size = 32, intermediate_size = 64", "hidden_size = 64, intermediate_size = 512")
     (tmp_path / "config.toml").write_text(wide)
@@ -249,12 +252,15 @@ def test_running_out_of_memory_is_one_error_and_the_next_run_plans_within_the_ra
     document["memory"]["activation_bytes_per_token"] //= 20
     (tmp_path / "wrong.json").write_text(json.dumps(document))
 
-    run, estimates = runs_until_it_fits(tmp_path, limit, "--planner.profile", "wrong.json", "--run.dir", "wrong")
+    shutil.rmtree(tmp_path / "out/checkpoints/step-00000004")
+
+    run, estimates = runs_until_it_fits(tmp_path, limit, "--planner.profile", "wrong.json")
     estimates.insert(0, document["memory"]["activation_bytes_per_token"])
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(estimates) > 1, "the underrated profile did not run out of memory"
     assert estimates == sorted(set(estimates))
     assert "going on from what the last run in this folder learned" in run.stdout
-    rows = [json.loads(line) for line in (tmp_path / "wrong/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1]
-    assert all(row["peak_bytes"] <= limit for row in rows)
+    assert "checkpoint: going on after step" in run.stdout
+    rows = last_rows(tmp_path / "out" / METRICS)
+    assert sorted(rows) == [0, 1, 2, 3]
+    assert all(row["peak_bytes"] <= limit for row in rows.values())

@@ -25,6 +25,8 @@ max_tokens_per_rank = 800
 steps = 8
 batch_size = 16
 lr = 1e-2
+[checkpoint]
+every = 0
 [run]
 dir = "out"
 compare_batches = 2

@@ -159,10 +159,8 @@ def _train_steps(
             checkpoints.after_step(batch.step + 1, model, optimizer, schedule, learner.profile, last=stopping)
             if stopping and batch.step + 1 < steps:
                 checkpoints.finish()
-                kept = "saved" if config.checkpoint.every else "not saved, as checkpoint.every is 0"
-                log.info(
-                    "stopped by SIGTERM after step %d of %d, %s; the same command goes on", batch.step + 1, steps, kept
-                )
+                saved = "saved; the same command goes on" if config.checkpoint.every else "checkpoint.every=0: not saved"
+                log.info("stopped by SIGTERM after step %d of %d, %s", batch.step + 1, steps, saved)
                 return False
     checkpoints.finish()
     log.info(

@@ -1,0 +1,175 @@
+"""Runs that are killed, stopped and started again: the same losses, every sequence once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexsp.batches import global_batch
+from flexsp.train.records import METRICS, SEQUENCES, last_rows
+
+STEPS, BATCH = 12, 24
+CONFIG = f"""
+[model]
+config = {{ model_type = "llama", vocab_size = 256, hidden_size = 32, intermediate_size = 64, num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, max_position_embeddings = 1024 }}
+[data]
+source = "rows.jsonl"
+max_length = "1K"
+[planner]
+profile_dir = "profiles"
+max_tokens_per_rank = 700
+correct = false
+[train]
+steps = {STEPS}
+batch_size = {BATCH}
+lr = 1e-2
+[checkpoint]
+every = 2
+[run]
+dir = "out"
+save_model = false
+"""  # noqa: E501
+EPOCH = STEPS * BATCH
+
+
+def start(folder: Path, world_size: int, *flags: str) -> subprocess.Popen[str]:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(world_size), "-m", "flexsp", "train"]
+    return subprocess.Popen(
+        [sys.executable, *command, "config.toml", *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(folder: Path, world_size: int, *flags: str) -> str:
+    """What a run that ends well prints."""
+    child = start(folder, world_size, *flags)
+    out, err = child.communicate(timeout=200)
+    assert child.returncode == 0, err[-3000:]
+    return out
+
+
+def rows_done(folder: Path) -> int:
+    path = folder / METRICS
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(child: subprocess.Popen[str], folder: Path, rows: int) -> None:
+    """Until the log of `folder` has so many rows, or the run ends."""
+    deadline = time.monotonic() + 150
+    while rows_done(folder) < rows and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def kill_all_of(child: subprocess.Popen[str]) -> None:
+    """SIGKILL to torchrun and to every process that descends from it, workers of their own sessions included."""
+    found, rest = [], [child.pid]
+    while rest:
+        pid = rest.pop()
+        found.append(pid)
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            rest += [int(text) for text in task.read_text().split()]
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    child.communicate()
+
+
+def losses(folder: Path) -> list[float]:
+    rows = last_rows(folder / METRICS)
+    assert sorted(rows) == list(range(STEPS))
+    return [rows[step]["loss"] for step in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the corpus, one epoch of the run, and a run of two ranks that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("resume")
+    draw = random.Random(0)
+    lengths = [min(1024, max(8, int(draw.lognormvariate(4.3, 1.2)))) for _ in range(EPOCH)]
+    text = [[draw.choice(b"abcdefgh ") for _ in range(length)] for length in lengths]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in text))
+    (folder / "config.toml").write_text(CONFIG)
+    run(folder, 2)
+    return folder
+
+
+def proven_once(folder: Path) -> None:
+    """The rows that count trained every sequence of the epoch exactly once, in the order of the seed."""
+    rows = last_rows(folder / SEQUENCES)
+    ids = [rows[step]["ids"] for step in range(STEPS)]
+    assert ids == [global_batch(EPOCH, BATCH, 0, step).tolist() for step in range(STEPS)]
+    assert np.array_equal(np.sort(np.concatenate(ids)), np.arange(EPOCH))
+
+
+def test_the_loss_falls_and_every_sequence_is_trained_once(unbroken):
+    assert losses(unbroken / "out")[-1] < losses(unbroken / "out")[0] - 1
+    proven_once(unbroken / "out")
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_run_goes_on_bit_for_bit(unbroken):
+    child = start(unbroken, 2, "--run.dir", "killed")
+    wait_for(child, unbroken / "killed", 6)
+    kill_all_of(child)
+    before = rows_done(unbroken / "killed")
+    assert 6 <= before < STEPS
+    said = run(unbroken, 2, "--run.dir", "killed")
+    assert "checkpoint: going on after step" in said
+    assert losses(unbroken / "killed") == losses(unbroken / "out")
+    norms = [last_rows(unbroken / name / METRICS)[STEPS - 1]["grad_norm"] for name in ("killed", "out")]
+    assert norms[0] == norms[1]
+    proven_once(unbroken / "killed")
+
+
+@pytest.mark.timeout(900)
+def test_five_kills_and_other_numbers_of_ranks_train_every_sequence_once(unbroken):
+    """4 -> 2 -> 3 -> ... ranks, each killed at a random moment; the losses stay those of the unbroken run."""
+    draw, folder = random.Random(3), unbroken / "chaos"
+    for kill, world_size in enumerate((4, 2, 3, 2, 4)):
+        child = start(unbroken, world_size, "--run.dir", "chaos")
+        wait_for(child, folder, rows_done(folder) + 2 + kill % 2)
+        time.sleep(draw.random() * 0.3)
+        assert child.poll() is None or kill > 2, child.communicate()[1][-3000:]
+        kill_all_of(child)
+    run(unbroken, 3, "--run.dir", "chaos")
+    assert losses(folder) == pytest.approx(losses(unbroken / "out"), abs=1e-5)
+    proven_once(folder)
+
+
+@pytest.mark.timeout(400)
+def test_sigterm_finishes_the_step_saves_and_says_so(unbroken):
+    child = start(unbroken, 2, "--run.dir", "stopped", "--checkpoint.every", "100")
+    wait_for(child, unbroken / "stopped", 3)
+    os.kill(child.pid, signal.SIGTERM)
+    out, err = child.communicate(timeout=100)
+    done = rows_done(unbroken / "stopped")
+    assert f"stopped by SIGTERM after step {done} of {STEPS}, saved; the same command goes on" in out, err[-2000:]
+    assert "flexsp/" not in err  # no traceback of ours
+    assert [path.name for path in (unbroken / "stopped/checkpoints").iterdir()] == [f"step-{done:08d}"]
+    run(unbroken, 2, "--run.dir", "stopped", "--checkpoint.every", "100")
+    assert losses(unbroken / "stopped") == losses(unbroken / "out")
+    assert rows_done(unbroken / "stopped") == STEPS
+
+
+def test_a_finished_run_started_again_trains_nothing(unbroken):
+    before = rows_done(unbroken / "out")
+    said = run(unbroken, 2)
+    assert f"going on after step {STEPS} of {STEPS}" in said and rows_done(unbroken / "out") == before
+
+
+def test_another_configuration_in_the_same_folder_is_one_line(unbroken):
+    child = start(unbroken, 2, "--train.lr", "0.5")
+    _, err = child.communicate(timeout=200)
+    ours = [line for line in err.splitlines() if line.startswith("flexsp train:")]
+    assert len(ours) == 1 and "train.lr=0.5 is not 0.01, with which out/checkpoints/step-00000012 was made" in ours[0]
