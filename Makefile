@@ -8,13 +8,17 @@ READY := $(VENV)/.ready
 RANKS ?= 4
 ARGS ?=
 
-.PHONY: train test lint types clean
+.PHONY: train test lint types clean paper
 
 train: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m flexsp train configs/quickstart.toml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# docs/paper.md: the paper's claims beside predictions, ten minutes; with LENGTHS=FILE on your lengths, into runs/paper.
+paper: $(READY)
+	$(BIN)/python benchmarks/paper.py $(if $(LENGTHS),--lengths "$(LENGTHS)") $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
