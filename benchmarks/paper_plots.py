@@ -8,9 +8,9 @@ from typing import Any
 import paper_claims as claims
 from paper_ablation import VARIANTS
 
-from flexsp.simulate import drawing
 from flexsp.simulate.figures import StepFigures, planner_figures
-from flexsp.simulate.pictures import assigned
+from flexsp.simulate.pictures import drawing
+from flexsp.simulate.pictures.case import assigned
 
 Results = dict[str, Any]
 

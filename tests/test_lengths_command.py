@@ -11,7 +11,7 @@ import pytest
 
 from flexsp.cli.main import main
 from flexsp.distributions import find, names
-from flexsp.simulate.length_plots import draw
+from flexsp.simulate.pictures.lengths import draw
 
 
 @pytest.fixture

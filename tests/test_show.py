@@ -20,7 +20,7 @@ from flexsp.simulate.crossovers import (
     policies,
     powers_of_four,
 )
-from flexsp.simulate.plots import draw, save_figure
+from flexsp.simulate.pictures.profile import draw, save_figure
 from profiles import profile, profile_json
 
 RECOMPUTE = {"recompute": {"activation_bytes_per_token": 2, "compute_factor": 1.5}}
@@ -396,7 +396,7 @@ def test_bad_input_exits_with_2_and_one_line(shown, document, arguments, message
 def test_neither_torch_nor_matplotlib_is_imported_without_a_picture(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(profile_json()), encoding="utf-8")
     code = (
-        "import sys, flexsp.simulate, flexsp.simulate.plots; from flexsp.cli.main import main; "
+        "import sys, flexsp.simulate, flexsp.simulate.pictures.profile; from flexsp.cli.main import main; "
         "assert main(['show', sys.argv[1]]) == 0; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.json")], capture_output=True, check=False)

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 import flexsp
-from flexsp.simulate import drawing, html, pictures, pictures_sweep
 from flexsp.simulate.figures import CaseFigures, planner_figures, step_figures
-from flexsp.simulate.gallery import case_pictures, sweep_pictures
-from flexsp.simulate.pictures_style import looks
+from flexsp.simulate.page import html
+from flexsp.simulate.pictures import case as pictures
+from flexsp.simulate.pictures import drawing
+from flexsp.simulate.pictures import sweep as pictures_sweep
+from flexsp.simulate.pictures.gallery import case_pictures, sweep_pictures
+from flexsp.simulate.pictures.style import looks
 from flexsp.simulate.timeline import replay
 from profiles import profile
 
@@ -340,5 +343,5 @@ def test_no_case_is_an_error():
 
 
 def test_neither_torch_nor_matplotlib_is_imported_before_a_picture_is_drawn():
-    code = "import sys, flexsp.simulate.html; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    code = "import sys, flexsp.simulate.page.html; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,8 +19,9 @@ from rich.console import Console
 
 import planner_cases
 from flexsp.planner import plan
-from flexsp.simulate import drawing, gantt, gantt_text, trace
-from flexsp.simulate.gantt import Box
+from flexsp.simulate import trace
+from flexsp.simulate.pictures import drawing, gantt, gantt_text
+from flexsp.simulate.pictures.gantt import Box
 from flexsp.simulate.timeline import MicroBatchSpan, Span, Timeline, replay
 from profiles import profile
 
@@ -242,7 +243,7 @@ def test_a_picture_is_saved_as_its_suffix_says(tmp_path):
 
 def test_neither_torch_nor_matplotlib_is_imported_with_the_modules():
     code = (
-        "import sys, flexsp.simulate.gantt, flexsp.simulate.gantt_text, flexsp.simulate.trace; "
+        "import sys, flexsp.simulate.pictures.gantt, flexsp.simulate.pictures.gantt_text, flexsp.simulate.trace; "
         "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

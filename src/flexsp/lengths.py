@@ -196,6 +196,11 @@ def parse_tokens(text: str | int, where: str) -> int:
     return int(digits) * factor
 
 
+def length_text(tokens: int) -> str:
+    """Tokens as on a command line: 4096 is 4K; what is no multiple of 1024 stays as it is."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
 def lengths_sha256(lengths: Lengths) -> str:
     """SHA-256 of the lengths as little-endian 64-bit integers: names the batch a plan was made for."""
     return hashlib.sha256(as_lengths(lengths).astype("<i8").tobytes()).hexdigest()

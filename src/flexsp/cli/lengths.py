@@ -12,8 +12,8 @@ from flexsp.cli.lengths_tables import show_distributions, show_excess, show_head
 from flexsp.distributions import Excess, Summary, excess, find, lengths_of, names, summarise
 from flexsp.distributions.source import is_distribution
 from flexsp.lengths import parse_tokens
-from flexsp.simulate.drawing import check_suffix, save
-from flexsp.simulate.length_plots import draw
+from flexsp.simulate.pictures.drawing import check_suffix, save
+from flexsp.simulate.pictures.lengths import draw
 
 LENGTHS_HELP = "one integer a line, a .npy, .jsonl or .parquet file, or - for standard input"
 COLUMN_HELP = "of a .jsonl or .parquet file: lengths, or lists of token ids (default: input_ids, else length)"

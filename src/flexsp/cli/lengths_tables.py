@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexsp.distributions import Band, Distribution, Excess, Summary
-from flexsp.simulate.plots import length_text
+from flexsp.lengths import length_text
 
 BAR_CELLS = 18
 """Of the longest bar, so that the table stays within the 80 columns of a pipe."""

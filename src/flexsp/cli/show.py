@@ -12,10 +12,10 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from flexsp.lengths import parse_tokens
+from flexsp.lengths import length_text, parse_tokens
 from flexsp.profile import Profile
 from flexsp.simulate.crossovers import Cost, cost, crossovers, least_cost, policies, powers_of_four
-from flexsp.simulate.plots import length_text, save_figure
+from flexsp.simulate.pictures.profile import save_figure
 
 MOST_COLUMNS = 7
 """Lengths side by side in a table, so that it stays within the 80 columns of a pipe."""

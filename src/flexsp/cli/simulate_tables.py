@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flexsp.simulate import gantt_text
+from flexsp.lengths import length_text
 from flexsp.simulate.figures import BASELINE, CaseFigures, PlannerFigures
-from flexsp.simulate.plots import length_text
+from flexsp.simulate.pictures import gantt_text
 from flexsp.simulate.timeline import Timeline
 
 GIB = 2**30

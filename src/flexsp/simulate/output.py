@@ -17,12 +17,13 @@ from typing import Any
 
 from flexsp import __version__
 from flexsp import jsonfields as jf
-from flexsp.lengths import LengthArray
+from flexsp.lengths import LengthArray, length_text
 from flexsp.plans import Plan
-from flexsp.simulate import drawing, gantt, html, trace
+from flexsp.simulate import trace
 from flexsp.simulate.cases import Case
 from flexsp.simulate.figures import BASELINE, CaseFigures
-from flexsp.simulate.plots import length_text
+from flexsp.simulate.page import html
+from flexsp.simulate.pictures import drawing, gantt
 from flexsp.simulate.runs import Done
 from flexsp.simulate.timeline import Timeline, replay
 from flexsp.simulate.verdict import fastest_mixed

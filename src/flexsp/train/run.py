@@ -159,7 +159,9 @@ def _train_steps(
             checkpoints.after_step(batch.step + 1, model, optimizer, schedule, learner.profile, last=stopping)
             if stopping and batch.step + 1 < steps:
                 checkpoints.finish()
-                saved = "saved; the same command goes on" if config.checkpoint.every else "checkpoint.every=0: not saved"
+                saved = (
+                    "saved; the same command goes on" if config.checkpoint.every else "checkpoint.every=0: not saved"
+                )
                 log.info("stopped by SIGTERM after step %d of %d, %s", batch.step + 1, steps, saved)
                 return False
     checkpoints.finish()

@@ -7,12 +7,13 @@ from importlib.resources import files
 from itertools import zip_longest
 
 from flexsp import __version__
-from flexsp.simulate import drawing, html_tables
 from flexsp.simulate.figures import BASELINE, CaseFigures
-from flexsp.simulate.gallery import Picture, case_pictures, sweep_pictures
-from flexsp.simulate.html_tags import Markup, joined, tag
-from flexsp.simulate.pictures_style import all_planners, case_text, plain
-from flexsp.simulate.pictures_sweep import gain_sentence
+from flexsp.simulate.page import tables
+from flexsp.simulate.page.tags import Markup, joined, tag
+from flexsp.simulate.pictures import drawing
+from flexsp.simulate.pictures.gallery import Picture, case_pictures, sweep_pictures
+from flexsp.simulate.pictures.style import all_planners, case_text, plain
+from flexsp.simulate.pictures.sweep import gain_sentence
 from flexsp.simulate.timeline import Timeline
 
 HEADING = "What mixed sequence-parallel degrees gain"
@@ -49,7 +50,7 @@ def report(cases: Sequence[CaseFigures], timelines: Sequence[Timelines] = (), no
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", f"flexsp simulate: {corpora}"),
-        tag("style", Markup(files("flexsp.simulate").joinpath("report.css").read_text(encoding="utf-8"))),
+        tag("style", Markup(files("flexsp.simulate.page").joinpath("report.css").read_text(encoding="utf-8"))),
     )
     body = tag("body", tag("h1", HEADING), *_body(cases, timelines), _footer(notes))
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
@@ -62,7 +63,7 @@ def _body(cases: Sequence[CaseFigures], timelines: Sequence[Timelines]) -> Itera
         yield tag("p", NO_PICTURES, class_="about")
     if len(cases) > 1:
         yield tag("p", f"{gain_sentence(cases)} in {len(cases)} cases.", class_="verdict")
-        yield html_tables.overview(cases)
+        yield tables.overview(cases)
         if drawn:
             yield joined(map(_picture, sweep_pictures(cases, planners)))
     for index, (case, step) in enumerate(zip_longest(cases, timelines[: len(cases)]), 1):
@@ -74,9 +75,9 @@ def _case(case: CaseFigures, pictures: Sequence[Picture]) -> Iterator[Markup]:
     yield tag("h2", case_text(case))
     yield tag("p", _about(case), class_="about")
     yield tag("ul", *(tag("li", sentence) for sentence in case.sentences), class_="verdict")
-    yield html_tables.planners(case)
+    yield tables.planners(case)
     yield joined(map(_picture, pictures))
-    yield tag("details", tag("summary", "Every step under every planner"), html_tables.steps(case))
+    yield tag("details", tag("summary", "Every step under every planner"), tables.steps(case))
 
 
 def _about(case: CaseFigures) -> str:

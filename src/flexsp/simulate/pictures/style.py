@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexsp.simulate import drawing
+from flexsp.lengths import length_text
 from flexsp.simulate.figures import BASELINE, CaseFigures, PlannerFigures
-from flexsp.simulate.plots import length_text
+from flexsp.simulate.pictures import drawing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from flexsp.lengths import length_text
 from flexsp.simulate.figures import BASELINE, CaseFigures, PlannerFigures, StepFigures
-from flexsp.simulate.html_tags import Markup, table, tag
-from flexsp.simulate.pictures_style import all_planners, share_text
-from flexsp.simulate.plots import length_text
+from flexsp.simulate.page.tags import Markup, table, tag
+from flexsp.simulate.pictures.style import all_planners, share_text
 
 GIB = 2**30
 

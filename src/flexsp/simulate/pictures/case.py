@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flexsp.simulate import drawing
+from flexsp.lengths import length_text
 from flexsp.simulate.figures import BASELINE, CaseFigures, PlannerFigures
-from flexsp.simulate.pictures_style import (
+from flexsp.simulate.pictures import drawing
+from flexsp.simulate.pictures.style import (
     WIDTH_IN,
     case_text,
     count_text,
@@ -19,7 +20,6 @@ from flexsp.simulate.pictures_style import (
     set_title,
     share_text,
 )
-from flexsp.simulate.plots import length_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

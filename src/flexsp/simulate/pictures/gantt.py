@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import count, groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from flexsp.simulate import drawing
+from flexsp.simulate.pictures import drawing
 from flexsp.simulate.timeline import MicroBatchSpan, Span, Timeline
 
 if TYPE_CHECKING:

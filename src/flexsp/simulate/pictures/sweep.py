@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flexsp.simulate import drawing
+from flexsp.lengths import length_text
 from flexsp.simulate.figures import BASELINE, CaseFigures, PlannerFigures
-from flexsp.simulate.pictures_style import WIDTH_IN, Look, all_planners, label, looks, plain, set_title
-from flexsp.simulate.plots import length_text
+from flexsp.simulate.pictures import drawing
+from flexsp.simulate.pictures.style import WIDTH_IN, Look, all_planners, label, looks, plain, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

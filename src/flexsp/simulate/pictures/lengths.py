@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from flexsp.lengths import LengthArray
-from flexsp.simulate import drawing
-from flexsp.simulate.plots import length_text
+from flexsp.lengths import LengthArray, length_text
+from flexsp.simulate.pictures import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

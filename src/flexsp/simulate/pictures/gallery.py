@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flexsp.simulate import gantt, pictures, pictures_sweep
 from flexsp.simulate.figures import BASELINE, CaseFigures
-from flexsp.simulate.pictures_style import case_text, fastest, plain
+from flexsp.simulate.pictures import case as pictures
+from flexsp.simulate.pictures import gantt
+from flexsp.simulate.pictures import sweep as pictures_sweep
+from flexsp.simulate.pictures.style import case_text, fastest, plain
 from flexsp.simulate.timeline import Timeline
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flexsp.lengths import length_text
 from flexsp.profile import Profile
-from flexsp.simulate import drawing
 from flexsp.simulate.crossovers import Cost, Crossover, cost, crossovers, longest_tokens, policies, powers_of_four
+from flexsp.simulate.pictures import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,11 +89,6 @@ def draw(profile: Profile) -> Figure:
     title = f"{' '.join(profile.name.split())} ({source})"
     figure.suptitle("\n".join(textwrap.wrap(title, 110)), parse_math=False)
     return figure
-
-
-def length_text(tokens: int) -> str:
-    """Tokens as on a command line: 4096 is 4K; what is no multiple of 1024 stays as it is."""
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
 def _lengths(profile: Profile, plain: Sequence[Crossover]) -> list[int]:

@@ -15,7 +15,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
-from flexsp.simulate.gantt import rank_steps
+from flexsp.simulate.pictures.gantt import rank_steps
 from flexsp.simulate.timeline import MicroBatchSpan, Span, Timeline
 
 MOST_ROWS = 32

@@ -1,0 +1,1 @@
+"""A simulation as one page of HTML that needs nothing else."""
