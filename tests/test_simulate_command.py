@@ -54,7 +54,7 @@ def test_it_prints_and_writes_the_same_figures_of_every_planner(files, capsys):
         ]
         assert [step["step_s"] for step in figures["steps"]] == seconds
         assert figures["total_s"] == sum(seconds) and figures["median_step_s"] == sorted(seconds)[1]
-        assert f"{figures['median_step_s']:.3g} s" in out and f"{figures['speedup']:.2f}" in out
+        assert f" {figures['median_step_s']:.3g} " in out and f"{figures['speedup']:.2f}" in out
     for sentence in report["sentences"]:
         assert sentence in out
     page = Path("out/report.html").read_text()

@@ -27,7 +27,7 @@ def show_case(case: CaseFigures, console: Console) -> None:
         f"{length_text(case.max_length)} tokens on {devices} of {case.memory_bytes / GIB:.3g} GiB; "
         f"{' '.join(case.profile.split())}",
     )
-    table = _table(("planner", "step", "speedup", "plan", "exch", "idle", "micro", "GiB", "degrees"))
+    table = _table(("planner", "step s", "speedup", "plan", "exch", "idle", "micro", "GiB", "degrees"))
     for name, figures in case.planners.items():
         table.add_row(name, *_cells(figures))
     console.print(table)
@@ -41,7 +41,7 @@ def show_legend(console: Console) -> None:
     """What the columns of `show_case` are."""
     say(
         console,
-        "\nstep: median seconds by the cost model, the optimizer apart; speedup: all steps against static; "
+        "\nstep s: median seconds by the cost model, the optimizer apart; speedup: all steps against static; "
         "plan: median planning time with the bound's; exch, idle: share of the device-seconds; micro: micro-batches; "
         "GiB: the most on a device; degrees: those used (different groups of more than one rank)",
     )
@@ -67,7 +67,7 @@ def show_sweep(cases: Sequence[CaseFigures], console: Console) -> None:
 
 def _cells(figures: PlannerFigures) -> list[str]:
     return [
-        f"{figures.median_step_s:.3g} s",
+        f"{figures.median_step_s:.3g}",
         f"{figures.speedup:.2f}",
         _seconds(figures.median_solve_s),
         f"{figures.exchange_share:.1%}",
@@ -84,13 +84,14 @@ def _degrees(tokens_by_degree: Mapping[int, float]) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _table(columns: tuple[str, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number == 0)
+        whole = number in (0, len(columns) - 1)
+        table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=whole)
     return table
 
 
