@@ -15,6 +15,11 @@ def slow(lengths, profile):
     return flexsp.plan(lengths, profile)
 
 
+def stalls(lengths, profile):
+    """Never answers."""
+    time.sleep(10_000)
+
+
 def noisy(lengths, profile):
     """Prints, which must not disturb."""
     print("planning")

@@ -92,7 +92,7 @@ def test_steps_do_not_wait_for_a_planner_that_is_faster_than_they_are(ranks):
 
 def error_of(planner: str) -> str:
     try:
-        with loader(planner) as batches:
+        with loader(planner, plan_timeout_s=2.0 if planner.endswith("stalls") else 300.0) as batches:
             list(batches)
     except (PlannerError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
@@ -104,6 +104,7 @@ def error_of(planner: str) -> str:
     [
         ("slow_planners:raises", "PlannerError: step 0: the planner failed: ArithmeticError: no plan today"),
         ("slow_planners:dies", "PlannerError: step 0: the planner's process ended with status 3"),
+        ("slow_planners:stalls", "PlannerError: step 0: the planner gave no plan within timeout_s=2.0; use a faster"),
         ("slow_planners:illegal", "ValueError: step 0: the plan is illegal in 1 ways, the first is: 1 of 8 sequences"),
     ],
 )

@@ -173,3 +173,15 @@ def test_another_configuration_in_the_same_folder_is_one_line(unbroken):
     _, err = child.communicate(timeout=200)
     ours = [line for line in err.splitlines() if line.startswith("flexsp train:")]
     assert len(ours) == 1 and "train.lr=0.5 is not 0.01, with which out/checkpoints/step-00000012 was made" in ours[0]
+
+
+@pytest.mark.timeout(400)
+def test_the_plan_log_replayed_gives_the_same_losses_though_corrections_change_plans(unbroken):
+    flags = ("--planner.correct", "true", "--checkpoint.every", "0", "--train.steps", "6")
+    run(unbroken, 2, "--run.dir", "corrected", *flags)
+    run(unbroken, 2, "--run.dir", "replayed", "--planner.replay", "corrected", *flags, "--planner.name", "static")
+    first, second = (last_rows(unbroken / name / METRICS) for name in ("corrected", "replayed"))
+    assert sorted(first) == sorted(second) == list(range(6))
+    for step, row in first.items():
+        for key in ("loss", "grad_norm", "micro_batches"):
+            assert second[step][key] == row[key], (step, key)

@@ -14,6 +14,7 @@ from flexsp.batches import global_batch
 from flexsp.data.batch import IntArray, PlannedBatch
 from flexsp.data.sequences import Sequences
 from flexsp.legality import violations
+from flexsp.planner.replay import predicted_anew
 from flexsp.planner.service import PlannerError, PlanService
 from flexsp.plans import Plan
 from flexsp.profile import Profile
@@ -41,6 +42,8 @@ class PlannedLoader:
         planner: str = "flex",
         options: Mapping[str, Any] | None = None,
         plan_ahead: int = 4,
+        plan_timeout_s: float = 300.0,
+        replay: Mapping[int, Plan] | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +57,8 @@ class PlannedLoader:
             planner: a name in `flexsp.planner.PLANNERS`, or `module:function`.
             options: for the planner.
             plan_ahead: how many batches are planned ahead, at least 1.
+            plan_timeout_s: after which a plan that does not come is an error; less than the ranks' own timeout.
+            replay: plans by step, instead of the planner's; see `flexsp.planner.replay`.
 
         Raises:
             ValueError: profile and world size disagree, or an argument is out of range.
@@ -69,6 +74,8 @@ class PlannedLoader:
                 raise ValueError(f"{name}={value} must be at least 1; correct it")
         self._sequences, self._profile, self._control = sequences, profile, control
         self._batch_size, self._steps, self._seed, self._plan_ahead = batch_size, steps, seed, plan_ahead
+        self._plan_timeout_s = plan_timeout_s
+        self._replay = dict(replay or {})
         self._first_step = self._submitted = self._next = first_step
         self._stale = 0  # plans under way that nobody wants any more
         self._planned_with: dict[int, Profile] = {}  # by step, for those submitted and not yet fetched
@@ -115,14 +122,14 @@ class PlannedLoader:
         """
         self._profile = profile
         if replan:
-            self._stale += self._submitted - self._next
+            self._stale += sum(step not in self._replay for step in range(self._next, self._submitted))
             self._submitted = self._next
         if self._service is not None:
             self._service.update(profile)
 
     def _submit(self, until: int) -> None:
         while self._submitted < min(until, self._steps):
-            if self._service is not None:
+            if self._service is not None and self._submitted not in self._replay:
                 self._service.submit(self._sequences.lengths[self.sequence_ids(self._submitted)])
             self._planned_with[self._submitted] = self._profile
             self._submitted += 1
@@ -131,14 +138,16 @@ class PlannedLoader:
         answer: list[Any] = [None]
         self._submit(step + 1 + self._plan_ahead)
         self._next = step + 1
-        if self._service is not None:
+        if step in self._replay:
+            answer = [(self._replay[step], 0.0)]
+        elif self._service is not None:
             try:
                 for _ in range(self._stale):
-                    self._service.result()
-                answer = [self._service.result()]
+                    self._service.result(self._plan_timeout_s)
+                answer = [self._service.result(self._plan_timeout_s)]
             except PlannerError as error:  # sent on, so that it ends all ranks and not this one alone
                 answer = [error]
-        self._stale = 0
+            self._stale = 0
         dist.broadcast_object_list(answer, src=0, group=self._control)
         if isinstance(answer[0], PlannerError):
             raise PlannerError(f"step {step}: {answer[0]}")
@@ -147,7 +156,10 @@ class PlannedLoader:
         batch = self.unplanned(step)
         if not plan.has_plan:
             raise ValueError(f"step {step}: no plan: {plan.reason}")
-        if faults := violations(plan, batch.lengths, self._planned_with.pop(step)):
+        profile = self._planned_with.pop(step)
+        if step in self._replay and not violations(replace(plan, predicted_s=None), batch.lengths, profile):
+            plan = predicted_anew(plan, batch.lengths, profile)
+        if faults := violations(plan, batch.lengths, profile):
             raise ValueError(f"step {step}: the plan is illegal in {len(faults)} ways, the first is: {faults[0]}")
         if plan_wait_s and dist.get_rank() == 0:
             why = (

@@ -62,6 +62,10 @@ class PlannerConfig:
     """Degrees that a plan may use; empty: powers of two that divide the model's heads."""
     plan_ahead: int = 4
     """Batches planned ahead."""
+    timeout_s: float = 300.0
+    """After which a plan that does not come ends the run with an error; less than run.timeout_s."""
+    replay: str = ""
+    """The plans.jsonl of a run, or its folder: its steps are planned as they were then, and others by the planner."""
     correct: bool = True
     """Correct the profile by what each step measures; it is saved as profile.json in run.dir, from which the next run
     there goes on."""
@@ -151,6 +155,7 @@ LEAST = {
     "run.compare_batches": 0,
     "run.timeout_s": 1,
     "planner.memory_fraction": 0,
+    "planner.timeout_s": 0,
 }
 MOST = {"planner.memory_fraction": 1}
 

@@ -1,4 +1,4 @@
-"""What a run writes down at each step: metrics.jsonl, and which sequences were trained.
+"""What a run writes down at each step: metrics.jsonl, which sequences were trained, and by which plan.
 
 A run that goes on appends. Steps after its checkpoint are then there twice, and the last row of a step is the one that
 counts: it tells of the weights that live on.
@@ -15,8 +15,10 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from flexsp.data import PlannedBatch
+from flexsp.planner.replay import FILE as PLANS
 
 METRICS, SEQUENCES = "metrics.jsonl", "sequences.jsonl"
+NAMES = (METRICS, SEQUENCES, PLANS)
 
 
 class Records:
@@ -34,7 +36,7 @@ class Records:
 
     def __enter__(self) -> Records:
         if dist.get_rank() == 0:
-            for name in (METRICS, SEQUENCES):
+            for name in NAMES:
                 path = self._folder / name
                 torn = self._mode == "a" and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
                 self._files[name] = self._stack.enter_context(open(path, self._mode, encoding="utf-8"))
@@ -46,11 +48,17 @@ class Records:
         self._stack.close()
 
     def write(self, metrics: Mapping[str, Any], batch: PlannedBatch) -> None:
-        """A step has been trained: its metrics, and the ids of its sequences."""
-        for name, row in ((METRICS, metrics), (SEQUENCES, {"step": batch.step, "ids": batch.sequence_ids.tolist()})):
-            if name in self._files:
-                self._files[name].write(json.dumps(row) + "\n")
-                self._files[name].flush()
+        """A step has been trained: its metrics, the ids of its sequences, and its plan, in indices into these ids."""
+        if not self._files:
+            return
+        rows = {
+            METRICS: metrics,
+            SEQUENCES: {"step": batch.step, "ids": batch.sequence_ids.tolist()},
+            PLANS: {"step": batch.step, "plan": batch.plan.to_json()},
+        }
+        for name, row in rows.items():
+            self._files[name].write(json.dumps(row) + "\n")
+            self._files[name].flush()
 
 
 def last_rows(path: Path) -> dict[int, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from flexsp.data import PlannedBatch, PlannedLoader, Sequences
 from flexsp.parallel import GroupPool, StepResult, forward_backward
 from flexsp.parallel.clock import clock_of
 from flexsp.planner import find_planner
+from flexsp.planner.replay import read_plan_log
+from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.profiler.measure import from_first_rank
 from flexsp.train import build
@@ -66,6 +68,7 @@ def train(config: Config, display: Display) -> None:
     groups = GroupPool(timeout=datetime.timedelta(seconds=config.run.timeout_s))
     start = from_first_rank(lambda: find_start(config), groups)
     first_step = 0 if start is None else start.steps
+    replay = from_first_rank(lambda: read_plan_log(config.planner.replay) if config.planner.replay else {}, groups)
     sequences = build.build_sequences(config)
     model = build.build_model(config.model, config.train.seed)
     build.check_fit(model, sequences, config.data.max_length)
@@ -84,7 +87,7 @@ def train(config: Config, display: Display) -> None:
     device = next(model.parameters()).device
     learner = Learner(measured, profile, groups, device, folder, config.planner.correct, first_step)
 
-    with _loader(config, sequences, profile, groups, first_step) as loader:
+    with _loader(config, sequences, profile, groups, first_step, replay) as loader:
         if not _train_steps(config, model, loader, groups, learner, start, display):
             return
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
@@ -98,7 +101,12 @@ def train(config: Config, display: Display) -> None:
 
 
 def _loader(
-    config: Config, sequences: Sequences, profile: Profile, groups: GroupPool, first_step: int
+    config: Config,
+    sequences: Sequences,
+    profile: Profile,
+    groups: GroupPool,
+    first_step: int,
+    replay: Mapping[int, Plan],
 ) -> PlannedLoader:
     options: dict[str, Any] = dict(config.planner.options)
     if config.planner.name == "static":
@@ -114,6 +122,8 @@ def _loader(
         planner=config.planner.name,
         options=options,
         plan_ahead=config.planner.plan_ahead,
+        plan_timeout_s=config.planner.timeout_s,
+        replay=replay,
     )
 
 
