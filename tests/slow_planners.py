@@ -34,6 +34,24 @@ def dies(lengths, profile):
     os._exit(3)
 
 
+def exits(lengths, profile):
+    raise SystemExit(3)
+
+
+def nothing(lengths, profile):
+    return None
+
+
+def boasts(lengths, profile):
+    """Claims a bound that no plan reaches, and writes where it must not."""
+    return replace(flexsp.plan(lengths, profile), lower_bound_s=1e9)
+
+
+def writes(lengths, profile):
+    lengths[0] = 1
+    return flexsp.plan(lengths, profile)
+
+
 def illegal(lengths, profile):
     """Forgets the last sequence."""
     made = flexsp.plan(lengths[:-1], profile)

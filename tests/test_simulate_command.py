@@ -101,6 +101,25 @@ def test_a_hand_written_plan_is_judged(files, capsys):
     assert status == 2 and err.count("\n") == 1 and "mine.json: plan: " in err
 
 
+def test_a_replayed_plan_takes_no_planners_place(files, capsys):
+    plan = flexsp.plan([64, 16, 128, 32], profile(4))
+    plan.save("static.json")
+    Path("batch.txt").write_text("64\n16\n128\n32\n")
+    status, _, err = run(capsys, "batch.txt", "--profile", "p.json", "--plan", "static.json")
+    assert status == 2 and "--plan: 'static' is the name of two plans, or of a planner that runs too" in err
+
+
+def test_the_context_limit_of_a_replay_decides_the_baselines_degree(files, capsys):
+    flexsp.plan([64, 16, 128, 32], profile(4)).save("mine.json")
+    Path("batch.txt").write_text("64\n16\n128\n32\n")
+    flags = ("batch.txt", "--profile", "p.json", "--plan", "mine.json", "--output", "out")
+    degrees = []
+    for limit in ((), ("--max-length", "300")):
+        assert run(capsys, *flags, *limit)[0] == 0
+        degrees.append(json.loads(Path("out/report.json").read_text())["static_sp_degree"])
+    assert degrees == [2, 4]
+
+
 def test_sweeps_compare_corpora_limits_and_devices(files, capsys):
     Path("short.txt").write_text("".join(f"{length}\n" for length in DOCUMENTS if length < 100))
     flags = ("docs.txt", "short.txt", *SMALL[1:], "--max-length", "100,200", "--overlong", "split")
@@ -136,6 +155,12 @@ def test_planners_can_be_all_and_a_missing_solver_is_said(files, capsys):
         (["--sp-degree", "3"], "sp_degree=3 must be one of sp_degrees=[1, 2, 4]"),
         (["--policy", "recompute"], "policy='recompute' is not in the profile's policies (none)"),
         (["--plan", "p.json"], "--batch-size=12 does not go with --plan"),
+        (["--time-limit-s", "-1"], "--time-limit-s=-1.0 must be above 0"),
+        (["--num-devices", "4,4"], "--num-devices=[4, 4] has one twice"),
+        (["--num-devices", "100000000"], "--num-devices='100000000' must be positive integers up to 131,072"),
+        (["--iterations", "100000000"], "sequences; lower one"),
+        (["--planners", "slow_planners:os"], "planner='slow_planners:os' is a module; name a function"),
+        (["--output", "docs.txt/report"], "--output=docs.txt/report: cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(files, capsys, flags, message):

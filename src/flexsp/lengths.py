@@ -70,7 +70,7 @@ def read_lengths(path: str | Path, column: str | None = None) -> LengthArray:
     try:
         if name.endswith(".npy"):
             return as_lengths(np.load(name, allow_pickle=False), name)
-        with open(name, encoding="utf-8") as lines:
+        with open(name, encoding="utf-8-sig") as lines:
             return _parse_lines(lines, name)
     except OSError as error:
         raise ValueError(f"{name}: cannot be read ({error.strerror}); give a file of one length a line") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ COMMANDS = (plan, check, lengths, estimate, profile, show, simulate, train)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="flexsp", description="Train LLMs with mixed sequence-parallel degrees.")
     parser.add_argument("--version", action="version", version=f"flexsp {flexsp.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

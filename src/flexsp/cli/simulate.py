@@ -24,10 +24,12 @@ from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.simulate.cases import CHOOSE, Case, make_case, under_policy
 from flexsp.simulate.figures import BASELINE, step_figures
-from flexsp.simulate.output import Result, result, write_output
+from flexsp.simulate.output import Result, prepare_output, result, write_output
 from flexsp.simulate.runs import Done, case_figures, jobs, simulate
 
 PLANNERS = "flex,batch-adaptive,static"
+MOST_DEVICES, MOST_SEQUENCES = 1 << 17, 1 << 26
+"""More of either is taken for a slip of the keyboard: it would take hours or all memory."""
 DRAWN = 100_000
 """Lengths drawn from a named distribution, or twice what the batches need where that is more."""
 
@@ -72,14 +74,18 @@ def run(arguments: argparse.Namespace) -> int:
         _notice(f"policies {', '.join(profile.memory.policies)} of the profile are left out; --policy takes one")
     cases = list(_cases(arguments, under))
     replayed = [_replayed(path, cases[0]) for path in arguments.plan or ()]
-    if len({one.planner for one in replayed}) < len(replayed):
-        raise ValueError(f"--plan={arguments.plan} has two plans of one name; rename one of the files")
-    asked = [name.strip() for name in (arguments.planners or ("static" if replayed else PLANNERS)).split(",")]
+    usual = BASELINE if replayed else PLANNERS
+    asked = [name.strip() for name in (usual if arguments.planners is None else arguments.planners).split(",")]
     planners = list(COMPARED) if asked == ["all"] else asked
     for name in planners:
         find_planner(name)
-    done, interrupted = _simulated(arguments, cases, planners)
     names = [*(one.planner for one in replayed), *planners]
+    taken = [*names, *([] if BASELINE in planners else [BASELINE])]
+    if clash := next((one.planner for one in replayed if taken.count(one.planner) > 1), None):
+        raise ValueError(f"--plan: {clash!r} is the name of two plans, or of a planner that runs too; rename the file")
+    if arguments.output:
+        prepare_output(Path(arguments.output))
+    done, interrupted = _simulated(arguments, cases, planners)
     return _say(arguments, cases, [*replayed, *done], names, interrupted)
 
 
@@ -89,18 +95,23 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')}={value} must be at least {least}; correct it")
+    if (limit_s := arguments.time_limit_s) is not None and not limit_s > 0:
+        raise ValueError(f"--time-limit-s={limit_s} must be above 0; give seconds")
+    if (arguments.batch_size or 1) * (arguments.iterations or 1) > MOST_SEQUENCES:
+        raise ValueError(
+            f"--batch-size={arguments.batch_size} x --iterations={arguments.iterations} are more than "
+            f"{MOST_SEQUENCES:,} sequences; lower one"
+        )
     if not arguments.plan:
         return
-    for name in ("batch_size", "iterations", "max_length", "overlong", "seed"):
+    for name in ("batch_size", "iterations", "overlong", "seed"):
         if (value := getattr(arguments, name)) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
                 f"{flag}={value} does not go with --plan, whose batch is LENGTHS as they are; leave it out"
             )
-    if len(arguments.lengths) > 1 or "," in (arguments.num_devices or ""):
-        raise ValueError(
-            f"--plan={arguments.plan[0]} is for one batch on one cluster; give one LENGTHS and one --num-devices"
-        )
+    if len(arguments.lengths) > 1 or "," in (arguments.num_devices or "") + (arguments.max_length or ""):
+        raise ValueError(f"--plan={arguments.plan[0]} is for one batch on one cluster; give one of each")
 
 
 def _cases(arguments: argparse.Namespace, profile: Profile) -> Iterator[Case]:
@@ -112,6 +123,9 @@ def _cases(arguments: argparse.Namespace, profile: Profile) -> Iterator[Case]:
     devices = [profile.num_devices]
     if arguments.num_devices is not None:
         devices = [_count(text.strip()) for text in arguments.num_devices.split(",")]
+    for flag, values in (("--max-length", limits), ("--num-devices", devices)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{flag}={values} has one twice; give each once")
     names = _corpus_names(arguments.lengths)
     corpora: dict[str, LengthArray] = {
         name: lengths_of(
@@ -153,8 +167,11 @@ def _cases(arguments: argparse.Namespace, profile: Profile) -> Iterator[Case]:
 
 
 def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise ValueError(f"--num-devices={text!r} must be positive integers, comma-separated; write them like 64,128")
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= MOST_DEVICES:
+        raise ValueError(
+            f"--num-devices={text!r} must be positive integers up to {MOST_DEVICES:,}, comma-separated; write "
+            f"them like 64,128"
+        )
     return int(text)
 
 

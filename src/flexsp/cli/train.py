@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{error}: training needs torch and transformers; pip install 'flexsp[train]'") from None
     from flexsp.parallel import PlanMismatchError, RankError
     from flexsp.planner.service import PlannerError
+    from flexsp.train.checkpoint import CheckpointError
     from flexsp.train.out_of_memory import OutOfMemoryError
     from flexsp.train.ranks import failure_explained, failure_of_another, first_to_say
     from flexsp.train.run import run_from_config
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"flexsp train: {error}", file=sys.stderr, flush=True)
         failure_explained()
         return 1
-    except (PlanMismatchError, PlannerError, RankError) as error:
+    except (CheckpointError, PlanMismatchError, PlannerError, RankError) as error:
         if first_to_say(str(error)):
             print(f"flexsp train: {error}", file=sys.stderr)
         return 1

@@ -79,4 +79,6 @@ def find_planner(name: str) -> Planner:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"planner={name!r} cannot be imported ({error}); name an importable module:function") from None
+    if not callable(found):
+        raise ValueError(f"planner={name!r} is a {type(found).__name__}; name a function of lengths and profile")
     return cast(Planner, found)

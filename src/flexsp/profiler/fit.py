@@ -131,12 +131,12 @@ class Fit:
         """Of a model of so many layers and this share of the vocabulary; (1, 1) where the readings are of all of it."""
         fixed, quadratic, linear = self._values[:3] * layers
         model_fixed, head_fixed, head_linear = self._values[-3:] * np.array([1.0, head, head])
-        by_degree = self._values[3:-3] * layers
+        by_degree = np.maximum(self._values[3:-3], 0.0) * layers
         exchange, latency = by_degree[: len(self._above)], by_degree[len(self._above) :]
-        return Coefficients(
-            fixed_s=float(fixed + model_fixed + head_fixed),
-            quadratic_s=float(quadratic),
-            linear_s=float(linear + head_linear),
+        return Coefficients(  # a bound of 0 is kept to rounding only, and a profile takes nothing below 0
+            fixed_s=max(0.0, float(fixed + model_fixed + head_fixed)),
+            quadratic_s=max(0.0, float(quadratic)),
+            linear_s=max(0.0, float(linear + head_linear)),
             exchange_s=dict(zip(self._above, exchange.tolist(), strict=True)),
             latency_s=dict(zip(self._above, latency.tolist(), strict=True)),
         )

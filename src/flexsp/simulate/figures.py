@@ -50,8 +50,11 @@ class StepFigures:
     """First rank and degree of every group of more than one rank, each once."""
 
 
-def step_figures(step: int, plan: Plan, lengths: LengthArray, profile: Profile) -> StepFigures:
+def step_figures(step: int, plan: Plan, lengths: LengthArray, profile: Profile, trusted: bool = False) -> StepFigures:
     """The figures of `plan` for a global batch of (K,) `lengths` in tokens.
+
+    Args:
+        trusted: whether the plan's own lower bound is taken; a file, or a planner of the user's, may claim any.
 
     Raises:
         ValueError: the plan is none, or not legal.
@@ -59,13 +62,16 @@ def step_figures(step: int, plan: Plan, lengths: LengthArray, profile: Profile) 
     timeline = replay(plan, lengths, profile)
     if timeline.step_s == 0:
         raise ValueError(f"step_s=0 of {plan.planner}'s plan: the profile's costs are all 0; give one that has some")
+    bound_s = plan.lower_bound_s
+    if not bound_s or not trusted:
+        bound_s = min(lower_bound_s(lengths, profile), timeline.step_s)
     shares = timeline.shares()
     return StepFigures(
         step=step,
         sequences=len(lengths),
         tokens=int(lengths.sum()),
         step_s=timeline.step_s,
-        lower_bound_s=plan.lower_bound_s or lower_bound_s(lengths, profile),
+        lower_bound_s=bound_s,
         solve_s=plan.solve_s or 0.0,
         layout=str(plan),
         micro_batches=len(timeline.micro_batches),

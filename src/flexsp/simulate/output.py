@@ -70,6 +70,21 @@ def report_json(results: Sequence[Result]) -> dict[str, Any]:
     return {**head, **documents[0]} if len(documents) == 1 else {**head, "cases": documents}
 
 
+def prepare_output(folder: Path) -> None:
+    """Makes `folder` and tries it, before anything slow.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".flexsp"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output={folder}: cannot be written ({error.strerror}); give a writable folder") from None
+
+
 def write_output(folder: Path, results: Sequence[Result]) -> Path:
     """Writes what this module's docstring lists into `folder`; the path of report.html.
 
@@ -78,21 +93,27 @@ def write_output(folder: Path, results: Sequence[Result]) -> Path:
     Raises:
         ValueError: `folder` cannot be written.
     """
-    jf.write_object(folder / "report.json", report_json(results))
     try:
         for each in results:
             _write_step(_step_folder(folder, results, each), each)
         path = folder / "report.html"
         timelines = [each.timelines() for each in results]
         page = html.report([each.figures for each in results], timelines, _notes(folder, results))
-        path.write_text(page, encoding="utf-8")
+        aside = path.with_name(".report.html.tmp")
+        aside.write_text(page, encoding="utf-8")
+        jf.write_object(folder / "report.json", report_json(results))
+        aside.replace(path)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror}); give a writable folder") from None
     return path
 
 
 def _step_folder(folder: Path, results: Sequence[Result], each: Result) -> Path:
-    return (folder if len(results) == 1 else folder / _slug(each.case)) / f"step-{each.step}"
+    if len(results) > 1:
+        slugs = [_slug(one.case) for one in results]
+        at = next(index for index, one in enumerate(results) if one is each)
+        folder = folder / (slugs[at] if slugs.count(slugs[at]) == 1 else f"{slugs[at]}-{at + 1}")
+    return folder / f"step-{each.step}"
 
 
 def _notes(folder: Path, results: Sequence[Result]) -> list[str]:
@@ -111,10 +132,15 @@ def _slug(case: Case) -> str:
 
 
 def _write_step(step: Path, each: Result) -> None:
+    if step.is_dir():  # of an earlier report in this folder
+        for old in [*step.glob("*.plan.json"), *step.glob("trace.json*"), *step.glob("timeline.png")]:
+            old.unlink()
     step.mkdir(parents=True, exist_ok=True)
     (step / "lengths.txt").write_text("".join(f"{length}\n" for length in each.lengths.tolist()), encoding="utf-8")
-    for name, plan in each.plans.items():
-        plan.save(step / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.plan.json")
+    names = {name: re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in each.plans}
+    for number, (name, plan) in enumerate(each.plans.items(), start=1):
+        unique = list(names.values()).count(names[name]) == 1
+        plan.save(step / f"{names[name] if unique else f'{names[name]}-{number}'}.plan.json")
     timelines = each.timelines()
     events = sum(len(t.micro_batches) * t.num_devices for t in timelines.values())
     name = "trace.json" if events < MOST_PLAIN_EVENTS else "trace.json.gz"  # viewers open both

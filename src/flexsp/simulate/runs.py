@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any
 
 from flexsp.lengths import LengthArray
-from flexsp.planner import plan
+from flexsp.planner import PLANNERS, plan
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.simulate.cases import Case
@@ -76,8 +76,14 @@ def simulate(
         workers: processes; by default one for each core.
 
     Raises:
-        ValueError: a worker process died.
+        ValueError: a worker process died, or a profile says that nothing takes any time.
     """
+    for case in cases:
+        compute = case.profile.compute
+        if compute.quadratic_s == compute.linear_s == compute.fixed_s == 0:
+            raise ValueError(
+                f"{case.profile.name}: quadratic_s, linear_s and fixed_s are all 0; give a profile with costs"
+            )
     workers = workers or _cores()
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
@@ -135,10 +141,12 @@ def _begin_worker(path: list[str], profile: Profile) -> None:
 def _plan_one(case: int, profile: Profile, lengths: LengthArray, job: Job, step: int) -> Done:
     try:
         made = plan(lengths, profile, job.planner, **job.options)
+        if not isinstance(made, Plan):
+            raise ValueError(f"it returned {type(made).__name__} instead of a flexsp.Plan; return a Plan")
         if not made.has_plan:
             return Done(case=case, planner=job.planner, step=step, refusal=f"{made.status.value}: {made.reason}")
-        figures = step_figures(step, made, lengths, profile)
-    except Exception as error:  # a planner of the user's own may raise anything
+        figures = step_figures(step, made, lengths, profile, trusted=job.planner in PLANNERS)
+    except BaseException as error:  # a planner of the user's own may raise anything, SystemExit too
         said = " ".join(str(error).split())
         refusal = said if isinstance(error, ValueError) else f"it raised {type(error).__name__}: {said}"
         return Done(case=case, planner=job.planner, step=step, refusal=refusal)

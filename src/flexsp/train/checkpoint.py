@@ -82,7 +82,7 @@ class Checkpoints:
     ) -> None:
         """Saves where `[checkpoint] every` says so, and after the last step. `steps`: how many have been done."""
         if self._writing is not None and self._writing[1].done() and self._writing[1].exception() is None:
-            self._keep(self._writing[0])  # at once: a kill before the next one must not cost it
+            self._keep(self._writing[0])  # at once: a kill before the next one must not cost it; `finish` tries again
         every = self._config.checkpoint.every
         if every and (last or steps == self._config.train.steps or steps % every == 0):
             self.save(steps, model, optimizer, schedule, profile)
@@ -108,15 +108,16 @@ class Checkpoints:
                 error = str(caught)
         self._agree(steps, error)
         tensors = _tensors(model, optimizer)
-        if self._config.checkpoint.asynchronous:
-            future = async_save(tensors, checkpoint_id=part, process_group=self._writers)
-            assert isinstance(future, Future)
-        else:
-            future = Future()
-            try:
+        future: Future[Any] = Future()
+        try:
+            if self._config.checkpoint.asynchronous:
+                begun = async_save(tensors, checkpoint_id=part, process_group=self._writers)
+                assert isinstance(begun, Future)
+                future = begun
+            else:
                 future.set_result(save(tensors, checkpoint_id=part, process_group=self._writers))
-            except (Exception, CheckpointException) as caught:
-                future.set_exception(caught)
+        except (Exception, CheckpointException) as caught:  # of this rank, perhaps alone: `finish` tells the others
+            future.set_exception(caught)
         self._writing = steps, future
 
     def finish(self) -> None:
@@ -148,10 +149,13 @@ class Checkpoints:
             return ""
         try:
             os.replace(part, final)
-            self._forget(steps)
         except OSError as error:
             return str(error)
         log.info("checkpoint: step %d saved as %s", steps, final)
+        try:
+            self._forget(steps)
+        except OSError as error:
+            log.warning("checkpoint: an old one cannot be removed: %s", error)
         return ""
 
     def loaded(self, steps: int) -> None:
@@ -186,7 +190,7 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 
 def steps_of(path: Path) -> int:
     """The steps in a checkpoint's name; -1 where it is none."""
-    number = path.name.removeprefix("step-")
+    number = path.name.removeprefix("step-") if path.name.startswith("step-") else ""
     return int(number) if number.isascii() and number.isdigit() else -1
 
 
@@ -212,18 +216,19 @@ def load_checkpoint(
         ValueError: the files are damaged or of another model.
     """
     tensors = _tensors(model, optimizer)
-    if dist.get_rank() >= state["world_size"]:
-        del tensors["random"]
+    own = f"rank {dist.get_rank()}"
     try:
+        known = SafeReader(path).read_metadata().state_dict_metadata
+        # fewer ranks, or a CPU, may have saved it
+        tensors["random"][own] = {k: v for k, v in tensors["random"][own].items() if f"random.{own}.{k}" in known}
         load_tensors(tensors, storage_reader=SafeReader(path), planner=SafeLoadPlanner())
         set_state_dict(
             model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=OPTIONS
         )
         schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
+        _set_random(tensors["random"][own])
     except (Exception, CheckpointException) as error:  # torch raises many kinds
         raise ValueError(f"{path}: the checkpoint cannot be loaded ({_cause(error)}); give another one") from None
-    if "random" in tensors:
-        _set_random(tensors["random"][f"rank {dist.get_rank()}"])
 
 
 def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -241,7 +246,8 @@ def _random() -> dict[str, Tensor]:
 
 
 def _set_random(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
 

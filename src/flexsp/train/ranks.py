@@ -44,7 +44,10 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
 
 
 class StopSignal:
-    """SIGTERM as a request, while inside: the step is finished first. After a second one the process ends at once."""
+    """SIGTERM as a request, while inside: the step is finished first, however often it comes.
+
+    A scheduler may signal every process, and torchrun its workers once more; what is stuck SIGKILL ends.
+    """
 
     def __init__(self) -> None:
         self._asked = False
@@ -59,7 +62,6 @@ class StopSignal:
 
     def _note(self, *_: object) -> None:
         self._asked = True
-        signal.signal(signal.SIGTERM, self._before)
 
     def asked(self, control: dist.ProcessGroup) -> bool:
         """Whether any rank was asked to stop. A collective: the signal reaches ranks at different steps."""

@@ -72,6 +72,8 @@ def _read(path: Path, config: Config, sections: tuple[str, ...]) -> Start:
     if found != FORMAT:
         raise ValueError(f"{where}: format={found!r} must be {FORMAT!r}; give a checkpoint of this version")
     steps = jf.as_integer(jf.required(state, "step", where), f"{where}: step", 0)
+    if steps != steps_of(path):
+        raise ValueError(f"{where}: step={steps} is not the {steps_of(path)} of its folder's name; restore it")
     jf.as_integer(jf.required(state, "world_size", where), f"{where}: world_size", 1)
     jf.as_object(jf.required(state, "schedule", where), f"{where}: schedule")
     saved = jf.as_object(jf.required(state, "config", where), f"{where}: config")

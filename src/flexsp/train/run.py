@@ -174,7 +174,7 @@ def _train_steps(
                 )
                 log.info("stopped by SIGTERM after step %d of %d, %s", batch.step + 1, steps, saved)
                 return False
-    checkpoints.finish()
+        checkpoints.finish()
     log.info(
         "training: %d of %d steps mixed degrees in a micro-batch; %d process groups were made",
         mixed, steps - first_step, groups.num_groups,
