@@ -236,6 +236,7 @@ def runs_until_it_fits(
     return run, estimates
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts all private memory on Linux alone")
 def test_running_out_of_memory_is_one_error_and_the_next_run_plans_within_the_raised_estimate(tmp_path):

@@ -75,6 +75,7 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, message):
     assert not (tmp_path / "p.json").exists()
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_the_ranks_at_hand_is_measured_for_a_cluster_that_holds_it(tmp_path, capsys):
     """1.7 billion parameters: 27 GB of model states, on one rank with a limit of half of this machine's memory."""
     wide = {**LLAMA, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 100, "vocab_size": 256}

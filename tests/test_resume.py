@@ -132,6 +132,7 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken):
     proven_once(unbroken / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_five_kills_and_other_numbers_of_ranks_train_every_sequence_once(unbroken):
     """4 -> 2 -> 3 -> ... ranks, each killed at a random moment; the losses stay those of the unbroken run."""
@@ -175,6 +176,7 @@ def test_another_configuration_in_the_same_folder_is_one_line(unbroken):
     assert len(ours) == 1 and "train.lr=0.5 is not 0.01, with which out/checkpoints/step-00000012 was made" in ours[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_plan_log_replayed_gives_the_same_losses_though_corrections_change_plans(unbroken):
     flags = ("--planner.correct", "true", "--checkpoint.every", "0", "--train.steps", "6")
