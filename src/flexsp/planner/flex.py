@@ -30,7 +30,7 @@ from flexsp.planner.by_tables import localized
 from flexsp.planner.degrees import usable_degrees
 from flexsp.planner.loosen import loosened
 from flexsp.planner.placement import few_layouts
-from flexsp.planner.tables import Ints, Tables, policy_names, sorted_order, tables
+from flexsp.planner.tables import Floats, Ints, Tables, policy_names, sorted_order, tables
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 
@@ -60,6 +60,10 @@ FEW_ROUNDS = 60
 """With few sequences, new starts whatever the time."""
 FEW = 24
 """With at most so many sequences, every mode of filling is tried everywhere: it costs nothing."""
+
+
+Target = tuple[float, Floats, Ints]
+"""For a count of micro-batches: seconds of all with fixed costs, and of each one its seconds and mode."""
 
 
 def plan_flex(lengths: LengthArray, profile: Profile, time_limit_s: float | None = None) -> Plan:
@@ -173,7 +177,8 @@ class _Search:
         self.steps = -10 if few else STEPS
 
     def run(self, to_the_deadline: bool) -> None:
-        starts = sorted([*self._starts(), *self._fuller()], key=lambda start: start[0])
+        targets = self._targets()
+        starts = sorted([*self._starts(targets), *self._fuller(targets)], key=lambda start: start[0])
         if not starts:
             starts = [self._greedy()]
         for total_s, solution in starts:
@@ -198,13 +203,13 @@ class _Search:
     def _late(self) -> bool:
         return self.deadline is not None and time.perf_counter() >= self.deadline
 
-    def _starts(self) -> Iterator[tuple[float, Solution]]:
+    def _starts(self, targets: list[Target]) -> Iterator[tuple[float, Solution]]:
         """Steps 2 and 3: the best solution of each promising count of micro-batches."""
         from flexsp.planner.search import copy_of, empty_solution, in_turn
 
         t = self.t
         found, best_s, order, looked = 0, math.inf, np.arange(len(t.tokens)), 0.0
-        for surrogate_s, targets_s, mode in self._targets():
+        for surrogate_s, targets_s, mode in targets:
             if found and (surrogate_s >= best_s or looked > START_EFFORT or self._late()):
                 break
             looked += len(SCALES) * len(targets_s) / 2
@@ -221,13 +226,13 @@ class _Search:
                 best_s = min(best_s, own_s)
                 yield own_s, best
 
-    def _fuller(self) -> Iterator[tuple[float, Solution]]:
+    def _fuller(self, targets: list[Target]) -> Iterator[tuple[float, Solution]]:
         """Where cuts of the sorted row leave memory empty: the least micro-batches that memory allows, each filled for
         longer, so that short sequences fill the memory beside long ones."""
         from flexsp.planner.cuts import fewest_micro_batches
         from flexsp.planner.search import copy_of, empty_solution, in_turn
 
-        t, targets = self.t, self._targets()
+        t = self.t
         if not targets or self._late():
             return
         _, targets_s, mode = min(targets, key=lambda target: len(target[1]))
@@ -245,7 +250,7 @@ class _Search:
         if best is not None:
             yield best_s, best
 
-    def _targets(self) -> list[tuple[float, np.ndarray, Ints]]:
+    def _targets(self) -> list[Target]:
         """Step 2: for each count of micro-batches, the surrogate's total, each one's seconds and mode."""
         from flexsp.planner.cuts import (
             area_prefix,
