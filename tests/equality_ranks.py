@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from flexsp.data.batch import PlannedBatch
 from flexsp.parallel import GroupPool, forward_backward, prepare_model
 from flexsp.plans import Group, MicroBatch, Plan
+from flexsp.profile import Layout
 from reference import build, reference_step
 
 
@@ -26,13 +28,20 @@ class Tokens:
         return np.array(self.sequences[sequence][start:stop]), np.array(labels[start:stop])
 
 
-def make_batch(lengths: list[int], plan: Plan, seed: int, masked: float, vocab_size: int = 64) -> PlannedBatch:
+def make_batch(
+    lengths: list[int],
+    plan: Plan,
+    seed: int,
+    masked: float,
+    vocab_size: int = 64,
+    layouts: Mapping[int, Layout] | None = None,
+) -> PlannedBatch:
     draw = random.Random(seed)
     sequences = [[draw.randrange(vocab_size) for _ in range(n)] for n in lengths]
     labels = [[-100 if draw.random() < masked else t for t in row] for row in sequences]
     return PlannedBatch(
         step=0, sequence_ids=np.arange(len(lengths)), lengths=np.array(lengths), plan=plan,
-        source=Tokens(sequences, labels),
+        source=Tokens(sequences, labels), layouts=layouts or {},
     )  # fmt: skip
 
 
@@ -66,18 +75,22 @@ def random_plan(num_sequences: int, world_size: int, draw: random.Random, degree
         )  # fmt: skip
 
 
-_POOLS: dict[int, GroupPool] = {}
+_POOLS: dict[str, GroupPool] = {}
 
 
-def pool() -> GroupPool:
-    """One pool per process, as a run has."""
-    return _POOLS.setdefault(0, GroupPool())
+def pool(transport: str = "groups") -> GroupPool:
+    """One pool per process and transport, as a run has."""
+    if transport not in _POOLS:
+        _POOLS[transport] = GroupPool(transport=transport)
+    return _POOLS[transport]
 
 
-def worst_difference(config: Any, dtype: torch.dtype, batch: PlannedBatch, **prepare: Any) -> tuple[float, float, str]:
+def worst_difference(
+    config: Any, dtype: torch.dtype, batch: PlannedBatch, transport: str = "groups", **prepare: Any
+) -> tuple[float, float, str]:
     """Relative difference of the loss and the worst of the parameters' gradients, and that parameter's name."""
     model = prepare_model(build(config, dtype), **prepare)
-    result = forward_backward(model, batch, pool())
+    result = forward_backward(model, batch, pool(transport))
     source = batch.source
     expected_loss, expected = reference_step(build(config, dtype), source.sequences, source.labels)
     worst, where = 0.0, ""
@@ -94,10 +107,12 @@ def check_equal(
     dtype: torch.dtype,
     cases: list[tuple[list[int], Plan, float]],
     prepare: dict[str, Any] | None = None,
+    layouts: Mapping[int, Layout] | None = None,
+    transport: str = "groups",
 ) -> None:
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}[dtype]
     for seed, (lengths, plan, masked) in enumerate(cases):
-        batch = make_batch(lengths, plan, seed, masked)
-        loss, gradient, where = worst_difference(config, dtype, batch, **(prepare or {}))
+        batch = make_batch(lengths, plan, seed, masked, layouts=layouts)
+        loss, gradient, where = worst_difference(config, dtype, batch, transport, **(prepare or {}))
         assert loss <= tolerance, f"loss off by {loss:.2e} with {lengths} on {plan}"
         assert gradient <= tolerance, f"gradient of {where} off by {gradient:.2e} with {lengths} on {plan}"

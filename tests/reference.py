@@ -10,14 +10,23 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
 
-def textbook_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):  # type: ignore[no-untyped-def]
+def textbook_attention(  # type: ignore[no-untyped-def]
+    module, query, key, value, attention_mask, scaling, dropout=0.0, sliding_window=None, softcap=None, s_aux=None, **_
+):
     heads, tokens = query.shape[1:3]
     outs = []
     for head in range(heads):
         kv_head = head * key.shape[1] // heads
         scores = query[0, head] @ key[0, kv_head].T * scaling
-        future = torch.ones(tokens, tokens).triu(1).bool()
-        outs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ value[0, kv_head])
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        hidden = torch.ones(tokens, tokens).triu(1).bool()
+        if sliding_window is not None:  # a token sees itself and the sliding_window - 1 before it
+            hidden |= torch.ones(tokens, tokens).tril(-sliding_window).bool()
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if s_aux is not None:  # a key of no value that every query sees
+            scores = torch.cat([scores, s_aux[head].expand(tokens, 1).to(scores.dtype)], dim=1)
+        outs.append(scores.softmax(-1)[:, :tokens] @ value[0, kv_head])
     return torch.stack(outs, dim=1)[None], None
 
 
@@ -37,7 +46,9 @@ def small_config(num_heads: int = 4, num_kv_heads: int = 2, **changes: object) -
 
 def build(config: PretrainedConfig, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="textbook").to(dtype)
+    model = AutoModelForCausalLM.from_config(  # other implementations of experts lack fp64
+        config, attn_implementation="textbook", experts_implementation="eager"
+    ).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():  # away from the tiny initial weights, where a fault of attention hides in rounding
         for parameter in model.parameters():

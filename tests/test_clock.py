@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from equality_ranks import make_batch, pool
-from flexsp.parallel import forward_backward, prepare_model
+from flexsp.parallel import forward_backward, loss, prepare_model
 from flexsp.parallel.clock import BusyClock, clock_of
 from flexsp.plans import Group, MicroBatch, Plan
 from reference import build, small_config
 
-GATHER, EXCHANGE = 1000, 10
-"""Ticks of an FSDP2 collective and of an all-to-all; reading the clock takes none."""
+GATHER, EXCHANGE, LOSS = 1000, 10, 1
+"""Ticks of an FSDP2 collective, of an all-to-all and of a loss; reading the clock takes none."""
 FSDP2 = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
 """What FSDP2 calls, under the names of one version of torch or another."""
 PLAN = Plan(
@@ -41,6 +41,7 @@ def logical_times(**prepare) -> tuple[list[tuple[float, float]], int]:
     for name in FSDP2:
         patch.setattr(dist, name, taking(getattr(dist, name, None), GATHER), raising=False)
     patch.setattr(dist, "all_to_all_single", taking(dist.all_to_all_single, EXCHANGE))
+    patch.setattr(loss, "cross_entropy_sum", taking(loss.cross_entropy_sum, LOSS))
     patch.setattr(BusyClock, "_now", lambda self: float(ticks[0]))
     try:
         times = forward_backward(model, make_batch([20, 9, 12], PLAN, seed=0, masked=0.0), pool()).times
@@ -51,18 +52,29 @@ def logical_times(**prepare) -> tuple[list[tuple[float, float]], int]:
 
 @pytest.mark.parametrize(
     "prepare",
-    [{}, {"shard_layers": False}, {"activation_checkpointing": True}, {"reshard_after_forward": False}],
-    ids=["layers", "one unit", "recompute", "kept"],
+    [
+        {},
+        {"shard_layers": False},
+        {"activation_checkpointing": True},
+        {"reshard_after_forward": False},
+        {"loss_chunk_tokens": 5},
+    ],
+    ids=["layers", "one unit", "recompute", "kept", "loss in chunks"],
 )
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 def test_waiting_for_gathers_is_left_out_and_exchanges_are_counted(ranks, prepare):
-    for times, num_layers in ranks(2).run(_run, prepare):
+    for (times, num_layers), alone_tokens in zip(ranks(2).run(_run, prepare), (20, 9), strict=True):
         (elapsed_alone, busy_alone), (elapsed_shared, busy_shared) = times
         assert elapsed_alone >= 2 * GATHER  # at least a gather and a reduction
         assert elapsed_shared >= 2 * GATHER
-        assert busy_alone == 0
+        assert busy_alone == _losses(alone_tokens, **prepare) * LOSS
         exchanges = 4 + 2 * bool(prepare.get("activation_checkpointing"))  # recomputed ones are work too
-        assert busy_shared == exchanges * num_layers * EXCHANGE
+        assert busy_shared == exchanges * num_layers * EXCHANGE + _losses(6, **prepare) * LOSS
+
+
+def _losses(tokens, loss_chunk_tokens=64, **_) -> int:
+    """How many are computed; those of chunks again in the backward."""
+    chunks = -(-tokens // loss_chunk_tokens)
+    return chunks if chunks == 1 else 2 * chunks
 
 
 def _run(prepare):
@@ -83,8 +95,9 @@ def test_work_that_nothing_ends_ends_with_the_micro_batch(monkeypatch):
     clock.watch_output(layer)
     clock.begin()  # 0
     out = layer(torch.ones(1, 2))  # 10 to 20
-    clock.turn()
-    out.sum().backward()  # enters at 30, and nothing leaves
+    loss = out.sum()
+    clock.turn(loss)
+    loss.backward()  # enters at 30, and nothing leaves
     clock.begin()  # ends it at 40, begins at 50
     clock.end()
     first, second = clock.read()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 import equality_ranks
+import flexsp.data.batch as batches
 from equality_ranks import make_batch, worst_difference
+from flexsp.parallel import ring, step
+from flexsp.parallel.row import Row
+from flexsp.plans import Plan
+from flexsp.profile import Layout
 from reference import small_config
 from test_equality import plan
 
@@ -18,69 +26,72 @@ PLAN = plan(4, [([0, 1, 2, 3], [4])], [([0, 1], [0, 5]), ([2], [1, 3]), ([3], [2
 SHORT_ROW = plan(4, [([0, 1, 2, 3], [5])], [([0, 1], [0, 1]), ([2], [2, 3]), ([3], [4])])
 
 
-def leaked_boundary() -> None:
+@contextmanager
+def no_fault() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def leaked_boundary() -> Iterator[None]:
     """Packed sequences see one another: the row is one long sequence."""
-    import flexsp.parallel.attention as attention
-
-    honest = attention.varlen_attention
-
-    def leaky(q, k, v, cu_seqlens, max_seqlen, *rest):
-        ends = cu_seqlens[[0, -1]]
-        return honest(q, k, v, ends, int(ends[-1]), *rest)
-
-    attention.varlen_attention = leaky
+    with patch.object(step, "Row", lambda lengths, *rest: Row((sum(lengths),), *rest)):
+        yield
 
 
-def positions_run_on() -> None:
+@contextmanager
+def positions_run_on() -> Iterator[None]:
     """position_ids do not restart at a sequence's first token."""
-    import flexsp.data.batch as batch
-
-    honest = batch._from_runs
+    honest = batches._from_runs
 
     def running(runs, **rest):
         made = honest(runs, **rest)
         made.position_ids.copy_(torch.arange(made.position_ids.shape[1])[None])
         return made
 
-    batch._from_runs = running
+    with patch.object(batches, "_from_runs", running):
+        yield
 
 
-def missing_label_shift() -> None:
+@contextmanager
+def missing_label_shift() -> Iterator[None]:
     """Every token is its own label."""
-    equality_ranks.Tokens.read = lambda self, sequence, start, stop: (
-        np.array(self.sequences[sequence][start:stop]),
-        np.array(self.labels[sequence][start:stop]),
-    )
+
+    def unshifted(self, sequence, start, stop):
+        return np.array(self.sequences[sequence][start:stop]), np.array(self.labels[sequence][start:stop])
+
+    with patch.object(equality_ranks.Tokens, "read", unshifted):
+        yield
 
 
-def loss_averaged_per_rank() -> None:
+@contextmanager
+def loss_averaged_per_rank() -> Iterator[None]:
     """Each rank divides by its own labels, not by those of the global batch."""
-    import flexsp.parallel.step as step
-
     agree = step.agree
-    step.agree = lambda batch, num_labels, error, control: (
-        agree(batch, num_labels, error, control) and max(1, num_labels) * torch.distributed.get_world_size()
-    )
+
+    def own_labels(batch, num_labels, error, control):
+        return agree(batch, num_labels, error, control) and max(1, num_labels) * torch.distributed.get_world_size()
+
+    with patch.object(step, "agree", own_labels):
+        yield
 
 
-def dropped_sequence() -> None:
+@contextmanager
+def dropped_sequence() -> Iterator[None]:
     """A group forgets its last sequence where it holds several."""
-    import flexsp.data.batch as batch
+    honest = batches.PlannedBatch._share
 
-    honest = batch.PlannedBatch._share
-
-    def forgetful(self, group, group_rank):
+    def forgetful(self, group, *rest):
         kept = group.sequences[:-1] if len(group.sequences) > 1 else group.sequences
-        return honest(self, replace(group, sequences=kept), group_rank)
+        return honest(self, replace(group, sequences=kept), *rest)
 
-    batch.PlannedBatch._share = forgetful
+    with patch.object(batches.PlannedBatch, "_share", forgetful):
+        yield
 
 
-def filler_counts() -> None:
+@contextmanager
+def filler_counts() -> Iterator[None]:
     """The filler token has a label."""
-    import flexsp.data.batch as batch
-
-    honest = batch._from_runs
+    honest = batches._from_runs
 
     def counting(runs, **rest):
         made = honest(runs, **rest)
@@ -88,37 +99,68 @@ def filler_counts() -> None:
             made.shift_labels.fill_(1)
         return made
 
-    batch._from_runs = counting
+    with patch.object(batches, "_from_runs", counting):
+        yield
 
 
-def difference_with_fault(fault: str, short_row: bool) -> float:
-    globals()[fault]()
-    batch = make_batch(LENGTHS, SHORT_ROW if short_row else PLAN, seed=3, masked=0.1)
-    loss, gradient, _ = worst_difference(small_config(), torch.float64, batch)
+@contextmanager
+def keys_of_others_unseen() -> Iterator[None]:
+    """Keys and values do not go around the ring."""
+    with patch.object(ring, "_around", lambda held, row, channel: [(row.ring_rank, list(held))]):
+        yield
+
+
+@contextmanager
+def parts_merged_without_their_weights() -> Iterator[None]:
+    """The outputs over parts of the keys are averaged, whatever their log-sums."""
+
+    def averaged(out, lse, part, part_lse):
+        first = lse.isinf()[..., None]
+        out.copy_(torch.where(first, part, (out + part) / 2))
+        lse.copy_(torch.logaddexp(lse, part_lse))
+
+    with patch.object(ring, "_merge", averaged):
+        yield
+
+
+@contextmanager
+def second_pieces_in_the_order_of_ranks() -> Iterator[None]:
+    """A rank takes its second pieces for later than those of the ranks before it: no zigzag."""
+    with patch.object(Row, "_chunk", lambda self, ring_rank, piece: self.ring * piece + ring_rank):
+        yield
+
+
+def difference_with_fault(fault: str, plan: Plan, layouts: dict[int, Layout]) -> float:
+    batch = make_batch(LENGTHS, plan, seed=3, masked=0.1, layouts=layouts)
+    with globals()[fault]():
+        loss, gradient, _ = worst_difference(small_config(), torch.float64, batch)
     return max(loss, gradient)
 
 
-@pytest.mark.parametrize("short_row", [False, True])
-def test_without_a_fault_there_is_no_difference(ranks, short_row):
-    assert max(ranks(4).run(difference_with_fault, "no_fault", short_row)) <= 1e-9
+RING = {2: Layout(ulysses=1, ring=2), 4: Layout(ulysses=2, ring=2)}
+CASES = {"Ulysses": (PLAN, {}), "a short row": (SHORT_ROW, {}), "a ring": (PLAN, RING)}
 
 
-def no_fault() -> None:
-    pass
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_without_a_fault_there_is_no_difference(ranks, case):
+    assert max(ranks(4).run(difference_with_fault, "no_fault", *case)) <= 1e-9
 
 
 FAULTS = {
-    leaked_boundary: False,
-    positions_run_on: False,
-    missing_label_shift: False,
-    loss_averaged_per_rank: False,
-    dropped_sequence: False,
-    filler_counts: True,
+    leaked_boundary: "Ulysses",
+    positions_run_on: "Ulysses",
+    missing_label_shift: "Ulysses",
+    loss_averaged_per_rank: "Ulysses",
+    dropped_sequence: "Ulysses",
+    filler_counts: "a short row",
+    keys_of_others_unseen: "a ring",
+    parts_merged_without_their_weights: "a ring",
+    second_pieces_in_the_order_of_ranks: "a ring",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_fault_is_caught(broken_ranks, fault):
+def test_fault_is_caught(ranks, fault):
     """The difference is far above the tolerance, not near it."""
-    found = broken_ranks(4).run(difference_with_fault, fault.__name__, FAULTS[fault])
+    found = ranks(4).run(difference_with_fault, fault.__name__, *CASES[FAULTS[fault]])
     assert min(found) > 1e-4

@@ -127,7 +127,7 @@ def test_points_and_held_out_rows_fit_the_ranks_and_their_memory(tokens, world_s
         assert sum(degree for degree, _ in layout) <= world_size
         assert all(0 < sum(lengths) <= tokens * degree for degree, lengths in layout)
         assert all(length >= 1 for _, lengths in layout for length in lengths)
-    batch = batch_of(layouts, world_size, vocab_size=7)
+    batch = batch_of(layouts, world_size, vocab_size=7, splits={})
     for layout, micro_batch in zip(layouts, batch.plan.micro_batches, strict=True):
         starts = [group.ranks[0] for group in micro_batch.groups]
         assert all(s % group.sp_degree == 0 for s, group in zip(starts, micro_batch.groups, strict=True))

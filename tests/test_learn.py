@@ -19,9 +19,10 @@ import torch.distributed as dist
 from equality_ranks import pool
 from flexsp import Profile
 from flexsp.data import PlannedBatch
-from flexsp.parallel import RankError, StepResult
+from flexsp.parallel import GroupPool, RankError, StepResult
 from flexsp.parallel.clock import BusyClock, MicroBatchTime
 from flexsp.plans import Group, MicroBatch, Plan
+from flexsp.profile import Policy
 from flexsp.train.learn import FILE, Learner, go_on, profile_sha256
 from flexsp.train.out_of_memory import HEADROOM, describe, is_out_of_memory, raised_activation_bytes
 from flexsp.train.ranks import joined_ranks
@@ -100,7 +101,7 @@ def test_the_error_names_rank_group_and_lengths():
         clock = BusyClock(torch.device("cpu"))
         clock.begin()
         clock.begin()
-        text, raised = describe(two_groups(), clock, profile(2, capacity=100), num_layers=4)
+        text, raised, _ = describe(two_groups(), clock, profile(2, capacity=100), num_layers=4)
     assert "step 7: out of memory on rank 0 in micro-batch 1: its group of ranks 0-1 held 2 sequences" in text
     assert "50, 40 tokens, 45 a rank" in text
     assert raised == raised_activation_bytes(profile(2, capacity=100), 45.0, 1 / 4)
@@ -108,9 +109,26 @@ def test_the_error_names_rank_group_and_lengths():
 
 def test_after_the_micro_batches_it_is_the_optimizers_step_and_the_fullest_of_them():
     with joined_ranks(10):
-        text, raised = describe(two_groups(), BusyClock(torch.device("cpu")), profile(2, capacity=100), num_layers=4)
+        text, raised, _ = describe(two_groups(), BusyClock(torch.device("cpu")), profile(2, capacity=100), num_layers=4)
     assert "on rank 0 in the optimizer's step, after all micro-batches, 1 being its fullest: its group of ranks" in text
     assert raised == raised_activation_bytes(profile(2, capacity=100), 45.0, 1.0)
+
+
+def test_memory_that_runs_out_under_a_policy_raises_the_estimate_of_that_policy(tmp_path):
+    plain = profile(2, capacity=100)
+    policies = {"full": Policy(activation_bytes_per_token=plain.memory.activation_bytes_per_token / 4)}
+    base = replace(plain, memory=replace(plain.memory, policies=policies))
+    batch = two_groups()
+    under = tuple(replace(micro_batch, policy="full") for micro_batch in batch.plan.micro_batches)
+    batch = replace(batch, plan=replace(batch.plan, micro_batches=under))
+    with joined_ranks(10):
+        learner = Learner(base, base, GroupPool(), torch.device("cpu"), tmp_path, correct=True)
+        text, raised, policy = describe(batch, BusyClock(torch.device("cpu")), base, num_layers=4)
+        saved = Profile.load(learner.save_raised(raised, policy))
+    assert "its fullest under policy 'full': its group" in text
+    assert saved.memory.activation_bytes_per_token == base.memory.activation_bytes_per_token
+    assert saved.memory.policies["full"].activation_bytes_per_token == raised
+    assert not saved.fits(2, 90, "full")  # what ran out
 
 
 class Peaks:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     GPT2Config,
-    MistralConfig,
-    MixtralConfig,
-    Qwen2Config,
+    LlamaForCausalLM,
+    T5ForConditionalGeneration,
 )
 
-from flexsp.parallel import check_degrees, check_model, servable_degrees
+from flexsp.parallel import check_degrees, check_model, default_layouts, layouts_of
 from flexsp.parallel.attention import SPContext, flexsp_attention
+from flexsp.parallel.row import Row
+from flexsp.profile import Layout
 from reference import small_config
 
 SIZES = dict(
@@ -26,47 +28,200 @@ def model(config):
     return AutoModelForCausalLM.from_config(config)
 
 
+REFUSED = {
+    "dropout": (
+        small_config(attention_dropout=0.1), r"attention_dropout=0.1: dropout makes loss and gradients depend",
+    ),
+    "dropout of another name": (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4), r"pdrop=0.1: dropout makes"),
+    "rotary scaling by the longest position": (
+        small_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        r"rope_type='dynamic' of LlamaForCausalLM depends on the longest position .*use one of fixed scaling",
+    ),
+    "the same in one type of layer": (
+        CONFIG_MAPPING["gemma3_text"](
+            **SIZES, layer_types=["sliding_attention", "full_attention"], rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+        ),
+        r"rope_type='dynamic' of Gemma3ForCausalLM",
+    ),
+    "longrope": (
+        CONFIG_MAPPING["phi3"](
+            **SIZES, original_max_position_embeddings=64,
+            rope_parameters={
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            },
+        ),
+        r"rope_type='longrope' of Phi3ForCausalLM",
+    ),
+    "a loss over the tokens of a batch": (
+        CONFIG_MAPPING["mixtral"](**SIZES, num_local_experts=4, output_router_logits=True),
+        r"output_router_logits=True of MixtralForCausalLM: the balancing loss .*set it to False",
+    ),
+    "chunked attention": (
+        CONFIG_MAPPING["llama4_text"](**SIZES, head_dim=8, intermediate_size_mlp=16, attention_chunk_size=16),
+        r"layer_types=\['chunked_attention'\] of Llama4ForCausalLM see only their own chunk",
+    ),
+    "convolutions": (
+        CONFIG_MAPPING["lfm2"](**SIZES, layer_types=["conv", "full_attention"]),
+        r"layer_types=\['conv'\] of Lfm2ForCausalLM mix neighbouring tokens",
+    ),
+    "linear attention": (
+        CONFIG_MAPPING["minimax"](**SIZES, layer_types=["linear_attention", "full_attention"], num_local_experts=2),
+        r"layer_types=\['linear_attention'\] of MiniMaxForCausalLM keep a state",
+    ),
+    "linear attention that has no interface": (
+        CONFIG_MAPPING["qwen3_next"](**SIZES, num_experts=2, linear_num_key_heads=2, linear_num_value_heads=2),
+        r"model=Qwen3NextForCausalLM does not call the attention interface",
+    ),
+    "state space": (
+        CONFIG_MAPPING["mamba"](vocab_size=64, hidden_size=16, num_hidden_layers=1),
+        r"model=MambaForCausalLM does not call the attention interface",
+    ),
+    "recurrence": (
+        CONFIG_MAPPING["rwkv"](vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2),
+        r"model=RwkvForCausalLM does not call the attention interface",
+    ),
+    "a hybrid": (
+        CONFIG_MAPPING["bamba"](**SIZES, mamba_n_heads=2, mamba_d_head=32, mamba_d_state=4, attn_layer_indices=[1]),
+        r"model=BambaForCausalLM does not call the attention interface",
+    ),
+    "an encoder": (
+        CONFIG_MAPPING["bert"](vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                               intermediate_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        r"is_causal=False of BertSelfAttention: its tokens see later ones",
+    ),
+    "attention to later tokens": (
+        CONFIG_MAPPING["gemma3_text"](**SIZES, use_bidirectional_attention=True),
+        r"use_bidirectional_attention=True of Gemma3ForCausalLM",
+    ),
+    "randomness in training": (
+        CONFIG_MAPPING["phimoe"](**SIZES, num_local_experts=4),
+        r"model=PhimoeForCausalLM: its result is random",
+    ),
+    "layers that drop our arguments": (
+        CONFIG_MAPPING["nemotron"](**SIZES, head_dim=8), r"do not hand keyword arguments to the attention interface",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers, on kernels that are not installed
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_would_not_be_exact_are_refused_by_name(case):
+    config, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as raised:
+        check_model(model(config))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    config = CONFIG_MAPPING["t5"](vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"is_encoder_decoder=True of T5ForConditionalGeneration"):
+        check_model(T5ForConditionalGeneration(config))
+
+
+class Neighbours(torch.nn.Module):
+    """Feeds every token the one before it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mix = torch.nn.Conv1d(config.hidden_size, config.hidden_size, 2, padding=1, groups=config.hidden_size)
+
+    def forward(self, hidden):
+        return self.mix(hidden.mT)[..., :-1].mT
+
+
+class ShiftedLlama(LlamaForCausalLM):
+    """Says nothing of it in its config."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[0].mlp = Neighbours(config)
+
+
+class PositionlessLlama(LlamaForCausalLM):
+    """Counts the tokens at hand."""
+
+    def forward(self, input_ids, position_ids=None, **arguments):
+        return super().forward(input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **arguments)
+
+
+class HalfSeenLlama(LlamaForCausalLM):
+    """Its eager attention has a mask that no argument tells of."""
+
+    def forward(self, input_ids, **arguments):
+        tokens = input_ids.shape[1]
+        mask = None
+        if self.config._attn_implementation == "eager":
+            mask = torch.ones(tokens, tokens).tril().triu(-3).log()[None, None].to(self.dtype)
+        return super().forward(input_ids, attention_mask=mask, **arguments)
+
+
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("kind", "message"),
     [
-        (small_config(attention_dropout=0.1), r"attention_dropout=0.1: dropout makes loss and gradients depend"),
-        (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4), r"pdrop=0.1: dropout makes"),
-        (MistralConfig(**SIZES, sliding_window=16), r"sliding_window=16 of MistralForCausalLM is not computed"),
-        (MixtralConfig(**SIZES, num_local_experts=4), r"experts=4 of MixtralForCausalLM"),
+        (ShiftedLlama, r"tokens reach one another in model.layers.0.mlp \(Neighbours\), outside of attention"),
+        (PositionlessLlama, r"tokens reach one another in .*, or it reads positions of its own"),
         (
-            small_config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-            r"rope_type='dynamic' of LlamaForCausalLM depends on the longest position",
+            HalfSeenLlama,
+            r"its attention, first seen in model.layers.0.self_attn.* is not causal attention by scores, w",
         ),
     ],
 )
-def test_models_that_would_not_be_exact_are_refused(config, message):
-    with pytest.raises(ValueError, match=message):
-        check_model(model(config))
+def test_what_no_field_names_is_found_by_running_a_small_model(kind, message):
+    with pytest.raises(ValueError, match=rf"model={kind.__name__}: {message}"):
+        check_model(kind(small_config()))
 
 
-def test_dropout_is_let_through_where_exactness_is_given_up():
+def test_what_is_random_is_let_through_where_exactness_is_given_up():
     check_model(model(small_config(attention_dropout=0.1)), exact=False)
+    check_model(model(CONFIG_MAPPING["phimoe"](**SIZES, num_local_experts=4)), exact=False)
 
 
-def test_plain_models_are_let_through():
-    for config in (small_config(), Qwen2Config(**SIZES), MistralConfig(**SIZES, sliding_window=None)):
-        check_model(model(config))
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("llama", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 16}),
+        ("gemma2", {"sliding_window": 16}),
+        ("gpt_oss", {"num_local_experts": 4}),
+        ("deepseek_v3", {"n_routed_experts": 8, "num_key_value_heads": 4, "head_dim": 64}),
+        ("longcat_flash", {"num_layers": 2, "n_routed_experts": 8, "num_key_value_heads": 4, "head_dim": 64}),
+    ],
+)
+def test_exact_models_are_let_through_and_left_as_they_are(kind, fields):
+    built = model(CONFIG_MAPPING[kind](**{**SIZES, **fields}))
+    before = built.config.to_dict()
+    state = torch.random.get_rng_state()
+    check_model(built)
+    assert built.config.to_dict() == before
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_degrees_that_the_heads_cannot_serve_are_refused_with_those_that_work():
-    assert servable_degrees(small_config(6, 3), 8) == [1, 2, 3, 6]
-    with pytest.raises(
-        ValueError, match=r"sp_degree=4 cannot .* num_attention_heads=6 .*degrees that work: \[1, 2, 3, 6\]"
-    ):
-        check_degrees([1, 4], small_config(6, 3), 8)
-    with pytest.raises(ValueError, match=r"sp_degree=4 cannot be served .* on world_size=2"):
-        check_degrees([4], small_config(4, 4), 2)
+def test_any_degree_has_a_layout_with_as_much_ulysses_as_divides_the_heads():
+    six_heads = small_config(6, 3)
+    assert [(each.ulysses, each.ring) for each in layouts_of(six_heads, 12)] == [(6, 2), (3, 4), (2, 6), (1, 12)]
+    assert default_layouts(six_heads, [1, 2, 3, 4, 5]) == {4: Layout(ulysses=2, ring=2), 5: Layout(ulysses=1, ring=5)}
+
+
+def test_degrees_that_ranks_or_heads_cannot_serve_are_refused_with_a_layout_that_works():
+    for degrees, layouts, message in [
+        ([4], {}, r"sp_degree=4 is not between 1 and world_size=2"),
+        ([2], {}, r"sp_degree=2 with ulysses=2 cannot be served with num_attention_heads=3, .*e.g. ulysses=1 x ring=2"),
+        ([2], {2: Layout(ulysses=1, ring=3)}, r"ulysses=1 x ring=3 is not sp_degree=2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_degrees(degrees, small_config(3, 3), 2, layouts)
+    check_degrees([1, 2], small_config(3, 3), 2, {2: Layout(ulysses=1, ring=2)})
 
 
 def call(**arguments):
     x = torch.zeros(1, 2, 3, 4)
-    context = SPContext(group=None, group_rank=0, shares=(3,))
-    given = dict(sp_context=context, cu_seq_lens_q=torch.tensor([0, 3]), max_length_q=3, attention_mask=None)
+    context = SPContext(row=Row((3,), 1, 0, x.device), heads=None, ring=None, shares=(3,))
+    given = dict(sp_context=context, attention_mask=None)
     return flexsp_attention(None, x, x, x, **{**given, **arguments})
 
 
@@ -75,8 +230,8 @@ def test_attention_of_another_kind_is_refused_where_it_would_be_wrong():
     for arguments, message in [
         ({"sp_context": None}, "sp_context=None: attn_implementation='flexsp' needs one"),
         ({"attention_mask": torch.ones(1)}, "attention_mask must be None"),
-        ({"softcap": 30.0}, "softcap: attn_implementation='flexsp' computes plain causal attention"),
-        ({"sliding_window": 2}, "sliding_window=2 is below max_seqlen=3"),
+        ({"is_causal": False}, "is_causal=False of .* computes causal attention"),
+        ({"position_bias": torch.ones(1)}, "position_bias: attn_implementation='flexsp' does not compute it"),
     ]:
         with pytest.raises(ValueError, match=message):
             call(**arguments)

@@ -8,18 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexsp.data.batch import PlannedBatch
-from flexsp.data.packing import cumulative_lengths, rank_indices, runs_by_sequence, share_sizes
+from flexsp.data.packing import cumulative_lengths, group_shares, rank_indices, runs_by_sequence, share_sizes
 from flexsp.plans import Group, MicroBatch, Plan
+from flexsp.profile import Layout
 
 lengths_of_a_row = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 
 
 @settings(derandomize=True, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 9))
-def test_shares_hold_every_token_once_and_differ_by_at_most_one(num_tokens, sp_degree):
-    held = np.concatenate([rank_indices(num_tokens, sp_degree, r) for r in range(sp_degree)])
-    assert held.tolist() == list(range(num_tokens))
-    assert max(share_sizes(num_tokens, sp_degree)) - min(share_sizes(num_tokens, sp_degree)) <= 1
+@given(lengths_of_a_row, st.integers(1, 9))
+def test_ulysses_alone_holds_the_row_in_slices(lengths, sp_degree):
+    layout = Layout(ulysses=sp_degree, ring=1)
+    held = [rank_indices(lengths, layout, rank).tolist() for rank in range(sp_degree)]
+    assert [place for each in held for place in each] == list(range(sum(lengths)))
+    assert group_shares(lengths, layout) == share_sizes(sum(lengths), sp_degree) == tuple(map(len, held))
 
 
 @settings(derandomize=True, deadline=None)

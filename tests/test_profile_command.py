@@ -17,7 +17,7 @@ from flexsp import Profile
 from flexsp.cli.main import main
 from flexsp.estimate import model_shape
 from flexsp.parallel.model import check_model
-from flexsp.profiler.layers import SMALL_VOCABULARY, build_part, needed_bytes, parts_of, read_model_config
+from flexsp.profiler.parts import SMALL_VOCABULARY, build_part, needed_bytes, parts_of, read_model_config
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 3000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7,
@@ -57,7 +57,7 @@ def test_a_model_is_measured_by_few_of_its_layers_and_the_rest_of_a_cluster_esti
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sp-degrees", "3"], "sp_degree=3 cannot be served with num_attention_heads=4 on world_size=1"),
+        (["--sp-degrees", "3"], "sp_degree=3 is not between 1 and world_size=1"),
         (["--sp-degrees", "1,x"], "--sp-degrees='1,x' must be positive integers"),
         (["--probe-tokens", "900000K"], "--probe-tokens=921600000: measuring would hold about"),
         (["--num-devices", "8"], "--num-devices=8 needs --cluster"),

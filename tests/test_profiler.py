@@ -8,9 +8,11 @@ import torch.distributed as dist
 
 from equality_ranks import pool
 from flexsp.parallel import prepare_model
+from flexsp.profile import Layout
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
 from flexsp.profiler.measure import exchange_bytes_per_token, exchange_columns
 from flexsp.profiler.memory import memory_limit
+from flexsp.profiler.splits import fastest
 from reference import build, small_config
 
 
@@ -43,8 +45,8 @@ def measured(folder: str) -> tuple[dict, dict]:
     for name, p in model.named_parameters():
         assert p.grad is None
         assert torch.equal(p, before[name])
-    with pytest.raises(ValueError, match="sp_degree=3 cannot be served"):
-        measure_profile(model, pool(), sp_degrees=[1, 3], max_tokens_per_rank=64)
+    with pytest.raises(ValueError, match="sp_degree=8 is not between 1 and world_size="):
+        measure_profile(model, pool(), sp_degrees=[1, 8], max_tokens_per_rank=64)
     return first.to_json(), {"path": str(path)}
 
 
@@ -64,8 +66,11 @@ def test_a_measured_profile_is_complete_saved_and_reused(ranks, world_size, tmp_
     assert fit["points"] == len(points)
     assert {point["degree"] for point in points} == set(document["sp_degrees"])
     places = {1: set(), 2: {"0-1", "2-3"}, 4: {"0-3"}} if world_size == 4 else {2: {"0-1"}}
+    splits = {int(d): set(by) for d, by in document["provenance"]["splits_s"].items()}
+    assert splits == {d: by for d, by in {2: {"2x1", "1x2"}, 4: {"4x1", "2x2", "1x4"}}.items() if d <= world_size}
+    rings = {int(d) for d in document.get("layouts", {})}  # whichever was faster here
     assert {int(d): set(by) for d, by in document["provenance"]["exchange_bytes_per_s"].items()} == {
-        d: place for d, place in places.items() if place
+        d: place for d, place in places.items() if place and d not in rings
     }
     assert document["provenance"]["source"] == "measured"
     assert "max_tokens_per_rank=64" in document["provenance"]["memory_limit"]
@@ -92,3 +97,23 @@ def measured_with_the_memory_of_the_process() -> tuple[float, float]:
 def test_without_an_artificial_limit_the_memory_is_that_of_the_process(ranks):
     for taken, limit in ranks(2).run(measured_with_the_memory_of_the_process, timeout_s=120.0):
         assert taken == pytest.approx(limit, rel=1e-6)
+
+
+def test_the_fastest_split_is_taken_and_ulysses_where_it_is_as_fast():
+    candidates = [Layout(ulysses=4, ring=1), Layout(ulysses=2, ring=2), Layout(ulysses=1, ring=4)]
+    assert fastest(candidates, {"4x1": 1.0, "2x2": 0.9, "1x4": 0.95}) == candidates[1]
+    assert fastest(candidates, {"4x1": 1.0, "2x2": 0.99, "1x4": 0.98}) == candidates[0]
+    assert fastest(candidates[2:], {}) == candidates[2]  # there was no choice
+
+
+def heads_that_no_degree_divides() -> dict:
+    model = prepare_model(build(small_config(3, 3), torch.float32))
+    found = measure_profile(model, pool(), sp_degrees=[1, 2], max_tokens_per_rank=64)
+    return found.to_json()
+
+
+def test_degrees_that_the_heads_do_not_allow_are_measured_as_rings(ranks):
+    document = ranks(2).run(heads_that_no_degree_divides, timeout_s=120.0)[0]
+    assert document["layouts"] == {"2": {"ulysses": 1, "ring": 2}}
+    assert "splits_s" not in document["provenance"]  # nothing to choose
+    assert document["all_to_all"]["bandwidth_bytes_per_s"]["2"] > 0

@@ -115,8 +115,10 @@ def test_a_run_starts_from_a_saved_model_on_another_number_of_ranks(run):
 def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is_said(run):
     folder, _ = run
     document = json.loads((folder / "four.json").read_text())
-    document["memory"]["policies"] = {"full": {"activation_bytes_per_token": 1, "compute_factor": 1.3}}
-    document["memory"]["memory_bytes"] *= 3
+    memory = document["memory"]
+    room = 100 * memory["activation_bytes_per_token"]  # on two ranks too little for the limit without a policy
+    memory["memory_bytes"] = 2 * memory["model_state_bytes"] + room
+    memory["policies"] = {"full": {"activation_bytes_per_token": 1, "compute_factor": 1.3}}
     (folder / "more.json").write_text(json.dumps(document))
     done = train(
         folder, "--planner.profile", "more.json", "--train.steps", "2", "--run.dir", "more", "--run.compare_batches",
@@ -124,7 +126,10 @@ def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "more.json: for 2 devices from a profile of 4: model_state_bytes sharded evenly" in done.stdout
-    assert "more.json: policies full are left out" in done.stdout
+    plans = [json.loads(line) for line in (folder / "more" / "plans.jsonl").read_text().splitlines()]
+    policies = {micro_batch["policy"] for plan in plans for micro_batch in plan["micro_batches"]}
+    assert "full" in policies
+    assert "memory: a rank holds" in done.stdout and "under policy full" in done.stdout
     rows = [json.loads(line) for line in (folder / "more/metrics.jsonl").read_text().splitlines()]
     assert all("ratios" not in row for row in rows)
     assert all(set(degrees) <= {1, 2} for row in rows for degrees in row["micro_batches"])
@@ -169,7 +174,7 @@ def test_rows_with_masked_labels_train(run):
         (["--train.stepz", "1"], "train.stepz is unknown"),
         (["--data.overlong", "error"], "exceeds max_length=2048, as do"),
         (["--data.max_length", "4K"], "data.max_length=4096 tokens fit into no group: the most that any degree"),
-        (["--planner.sp_degrees", "[1, 3]"], "degrees that work: [1, 2]"),
+        (["--planner.sp_degrees", "[1, 3]"], "sp_degree=3 is not between 1 and world_size=2"),
         (["--model.config.attention_dropout", "0.1"], "dropout makes loss and gradients depend on the plan"),
         (["--model.config.vocab_size", "100"], "token id 255 is beyond vocab_size=100"),
         (["--planner.name", "best"], "planner='best' is unknown"),

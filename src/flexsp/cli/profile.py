@@ -15,10 +15,14 @@ def add_to(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face config: a directory or a JSON file")
     parser.add_argument("--output", required=True, metavar="PROFILE.json", help="where to save the profile")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="computed in (default: bfloat16 on CUDA)")
-    parser.add_argument("--sp-degrees", metavar="1,2,4", help="default: powers of two that divide the heads")
+    parser.add_argument(
+        "--weights", choices=("float32", "bfloat16"), default="float32", help="what weights are kept in (float32)"
+    )
+    parser.add_argument("--sp-degrees", metavar="1,2,4", help="default: powers of two")
     parser.add_argument(
         "--probe-tokens", metavar="TOKENS", help="tokens a rank in the largest row (default: 2K; 32K on CUDA)"
     )
+    parser.add_argument("--policies", metavar="full,...", help="measure these too: selective, full, offload")
     parser.add_argument("--activation-checkpointing", action="store_true", help="recompute layers in the backward")
     parser.add_argument(
         "--shard-layers", action=argparse.BooleanOptionalAction, default=True, help="gather parameters layer by layer"
@@ -51,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             sp_degrees=_degrees(arguments.sp_degrees),
             probe_tokens=tokens(arguments.probe_tokens, "--probe-tokens"),
+            weights=arguments.weights,
+            policies=[name.strip() for name in (arguments.policies or "").split(",") if name.strip()],
             activation_checkpointing=arguments.activation_checkpointing,
             shard_layers=arguments.shard_layers,
             memory_fraction=arguments.memory_fraction,

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flexsp.data.packing import IGNORE_INDEX, cumulative_lengths, rank_indices, runs_by_sequence, share_sizes
+from flexsp.data.packing import (
+    IGNORE_INDEX,
+    IntArray,
+    cumulative_lengths,
+    group_shares,
+    rank_indices,
+    runs_by_sequence,
+)
 from flexsp.lengths import LengthArray
 from flexsp.plans import Group, MicroBatch, Plan
+from flexsp.profile import Layout
 
-IntArray = npt.NDArray[np.int64]
+ALONE = Layout(ulysses=1, ring=1)
 
 
 class SequenceSource(Protocol):
@@ -32,8 +39,14 @@ class RankMicroBatch:
 
     ranks: tuple[int, ...]
     """The rank's group; the rank alone where it is idle."""
+    layout: Layout
+    """How the group splits into heads x context."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence of the group's row."""
     shares: tuple[int, ...]
     """Tokens of each rank of the group."""
+    policy: str | None
+    """The micro-batch's activation policy; None where the plan names none."""
     num_tokens: int
     """Tokens of this rank; 0 with a filler token."""
     input_ids: Tensor
@@ -45,6 +58,7 @@ class RankMicroBatch:
     cu_seqlens: Tensor
     """(sequences + 1,) int32, of the group's whole row."""
     max_seqlen: int
+    """The longest sequence of the row."""
 
     @property
     def num_labels(self) -> int:
@@ -63,6 +77,8 @@ class PlannedBatch:
     """(K,) tokens."""
     plan: Plan
     source: SequenceSource
+    layouts: Mapping[int, Layout] = field(default_factory=dict)
+    """How a degree splits into heads x context, as the profile says; one that is not here trades heads alone."""
     plan_s: float = 0.0
     """Seconds that planning took."""
     plan_wait_s: float = 0.0
@@ -72,30 +88,43 @@ class PlannedBatch:
         """What `rank` runs, micro-batch by micro-batch. Reads the rank's own tokens, no others."""
         return [self._micro_batch(micro_batch, rank) for micro_batch in self.plan.micro_batches]
 
+    def layout(self, sp_degree: int) -> Layout:
+        """How a group of `sp_degree` ranks splits into heads x context."""
+        return self.layouts.get(sp_degree) or Layout(ulysses=sp_degree, ring=1)
+
     def _micro_batch(self, micro_batch: MicroBatch, rank: int) -> RankMicroBatch:
         for group in micro_batch.groups:
             if rank in group.ranks:
-                return self._share(group, group.ranks.index(rank))
-        return _from_runs([], ranks=(rank,), shares=(0,), cu_seqlens=np.array([0, 1], dtype=np.int32))
+                return self._share(group, group.ranks.index(rank), micro_batch.policy)
+        return _from_runs([], ranks=(rank,), layout=ALONE, lengths=(1,), shares=(0,), policy=micro_batch.policy)
 
-    def _share(self, group: Group, group_rank: int) -> RankMicroBatch:
-        row_lengths = self.lengths[list(group.sequences)]
-        num_tokens, sp_degree = int(row_lengths.sum()), group.sp_degree
-        cu_seqlens = cumulative_lengths(row_lengths)
+    def _share(self, group: Group, group_rank: int, policy: str | None) -> RankMicroBatch:
+        lengths = self.lengths[list(group.sequences)]
+        layout = self.layout(group.sp_degree)
         runs = []
-        for place, start, stop in runs_by_sequence(rank_indices(num_tokens, sp_degree, group_rank), cu_seqlens):
+        places = rank_indices(lengths, layout, group_rank)
+        for place, start, stop in runs_by_sequence(places, cumulative_lengths(lengths)):
             sequence = int(self.sequence_ids[group.sequences[place]])
             tokens, labels = self.source.read(sequence, start, stop)
             runs.append((tokens, np.arange(start, stop), labels))
-        return _from_runs(runs, ranks=group.ranks, shares=share_sizes(num_tokens, sp_degree), cu_seqlens=cu_seqlens)
+        return _from_runs(
+            runs,
+            ranks=group.ranks,
+            layout=layout,
+            lengths=tuple(lengths.tolist()),
+            shares=group_shares(lengths, layout),
+            policy=policy,
+        )
 
 
 def _from_runs(
     runs: Sequence[tuple[IntArray, IntArray, IntArray]],
     *,
     ranks: tuple[int, ...],
+    layout: Layout,
+    lengths: tuple[int, ...],
     shares: tuple[int, ...],
-    cu_seqlens: npt.NDArray[np.int32],
+    policy: str | None,
 ) -> RankMicroBatch:
     num_tokens = sum(len(tokens) for tokens, _, _ in runs)
     filler = (np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, IGNORE_INDEX))
@@ -103,11 +132,14 @@ def _from_runs(
     input_ids, position_ids, shift_labels = (torch.from_numpy(np.concatenate(c))[None] for c in columns)
     return RankMicroBatch(
         ranks=ranks,
+        layout=layout,
+        lengths=lengths,
         shares=shares,
+        policy=policy,
         num_tokens=num_tokens,
         input_ids=input_ids,
         position_ids=position_ids,
         shift_labels=shift_labels,
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
+        cu_seqlens=torch.from_numpy(cumulative_lengths(lengths)),
+        max_seqlen=max(lengths),
     )

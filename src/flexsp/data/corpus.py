@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flexsp.data.batch import IntArray
+from flexsp.data.packing import IntArray
 from flexsp.lengths import JSON_BLOCK_BYTES, LengthArray
 
 PYTHON_STDLIB = "python-stdlib"

@@ -11,7 +11,8 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from flexsp.batches import global_batch
-from flexsp.data.batch import IntArray, PlannedBatch
+from flexsp.data.batch import PlannedBatch
+from flexsp.data.packing import IntArray
 from flexsp.data.sequences import Sequences
 from flexsp.legality import violations
 from flexsp.planner.replay import predicted_anew
@@ -111,6 +112,7 @@ class PlannedLoader:
             lengths=self._sequences.lengths[sequence_ids],
             plan=Plan(num_devices=self._profile.num_devices, micro_batches=()),
             source=self._sequences,
+            layouts=self._profile.layouts,
         )
 
     def update_profile(self, profile: Profile, replan: bool = False) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexsp.batches import Overlong, Touched, limit_lengths
-from flexsp.data.batch import IntArray
 from flexsp.data.corpus import Corpus
-from flexsp.data.packing import IGNORE_INDEX
+from flexsp.data.packing import IGNORE_INDEX, IntArray
 from flexsp.lengths import LengthArray
 
 

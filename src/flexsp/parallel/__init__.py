@@ -7,8 +7,10 @@ from transformers import AttentionInterface
 
 from flexsp.parallel.agreement import PlanMismatchError, RankError
 from flexsp.parallel.attention import NAME, SPContext, flexsp_attention
+from flexsp.parallel.check import check_model
 from flexsp.parallel.groups import GroupPool
-from flexsp.parallel.model import check_degrees, check_model, prepare_model, servable_degrees
+from flexsp.parallel.layouts import check_degrees, default_layouts, layouts_of, powers_of_two
+from flexsp.parallel.model import make_mesh, prepare_model
 from flexsp.parallel.step import StepResult, forward_backward
 
 AttentionInterface.register(NAME, flexsp_attention)
@@ -21,7 +23,11 @@ __all__ = [
     "StepResult",
     "check_degrees",
     "check_model",
+    "default_layouts",
+    "flexsp_attention",
     "forward_backward",
+    "layouts_of",
+    "make_mesh",
+    "powers_of_two",
     "prepare_model",
-    "servable_degrees",
 ]

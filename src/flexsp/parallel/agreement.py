@@ -29,12 +29,15 @@ class RankError(RuntimeError):
 
 
 def batch_digest(batch: PlannedBatch) -> bytes:
-    """SHA-256 of step, sequence ids, lengths, and every micro-batch's policy, ranks and sequences."""
+    """SHA-256 of step, sequence ids, lengths, and every micro-batch's policy, ranks, layout and sequences."""
     digest = hashlib.sha256()
     for numbers in (np.array([batch.step, batch.plan.num_devices]), batch.sequence_ids, batch.lengths):
         digest.update(np.ascontiguousarray(numbers, dtype="<i8").tobytes())
     layout = [
-        [micro_batch.policy, [[group.ranks, group.sequences] for group in micro_batch.groups]]
+        [
+            micro_batch.policy,
+            [[group.ranks, batch.layout(group.sp_degree).ring, group.sequences] for group in micro_batch.groups],
+        ]
         for micro_batch in batch.plan.micro_batches
     ]
     digest.update(json.dumps(layout).encode())

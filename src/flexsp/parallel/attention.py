@@ -1,24 +1,29 @@
 """Packed causal attention under sequence parallelism, as Hugging Face's attention interface calls it.
 
-Letters: T = tokens of the group's row, t = tokens on this rank, N = heads, K = KV heads, H = head_dim.
+A group of U x R ranks first trades tokens for heads among U of them (Ulysses, `exchange`), then attends around the ring
+of R that hold the same heads (`ring`), and trades back. Either may be 1.
+
+Letters: t = tokens on this rank, N = heads, K = KV heads, H = head_dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from flexsp.parallel.channels import Channel
 from flexsp.parallel.exchange import gather_heads, scatter_heads
+from flexsp.parallel.kernels import Need, Scores, choose
+from flexsp.parallel.ring import ring_attention
+from flexsp.parallel.row import Row
 
 NAME = "flexsp"
 """What `attn_implementation` is called."""
 
-REFUSED_ARGUMENTS = ("softcap", "s_aux", "position_bias")
+REFUSED_ARGUMENTS = ("position_bias",)
 """Arguments of a model's attention that change its result and that we do not compute."""
 
 
@@ -26,11 +31,23 @@ REFUSED_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 class SPContext:
     """How the row of one micro-batch lies on a group; handed through the model's forward as `sp_context`."""
 
-    group: dist.ProcessGroup | None
-    """The sequence-parallel group; None where this rank's row is its own."""
-    group_rank: int
+    row: Row
+    """The row on this rank's ring."""
+    heads: Channel | None
+    """The ranks that trade tokens for heads; None where there is one."""
+    ring: Channel | None
+    """The ranks that pass keys and values around; None where there is one."""
     shares: tuple[int, ...]
-    """Tokens of each rank of the group, in order. A rank whose share is 0 carries one filler token."""
+    """Tokens of each rank of `heads`, in order. A rank whose share is 0 carries one filler token."""
+    kernel: str | None = None
+    """The name of the attention kernel; None: the first that serves."""
+    used: set[str] = field(default_factory=set)
+    """The names of the kernels that computed attention here."""
+
+    @property
+    def head_rank(self) -> int:
+        """This rank's place in `heads`."""
+        return 0 if self.heads is None else self.heads.rank
 
 
 def flexsp_attention(
@@ -42,125 +59,90 @@ def flexsp_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sp_context: SPContext | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of this rank's tokens to the tokens of their own sequences, wherever those are.
 
     Args:
-        module: the attention layer, not used.
+        module: the attention layer.
         query: (1, N, t, H).
-        key, value: (1, K, t, H).
-        attention_mask: must be None; the boundaries of the sequences are `cu_seq_lens_q`.
+        key, value: (1, K, t, H); the values' head_dim may be another.
+        attention_mask: must be None; the sequences' boundaries are the context's.
         scaling: factor of the scores; None is H ** -0.5.
         dropout: probability.
         sp_context: how the row lies on the group.
-        cu_seq_lens_q: (sequences + 1,) int32, cu_seqlens of the group's whole row.
-        max_length_q: the longest sequence of the row.
+        sliding_window: how many tokens a token sees, itself included; None is all before it.
+        softcap: scores become softcap * tanh(score / softcap).
+        s_aux: (N,) attention sinks.
 
     Returns:
         (1, t, N, H) and None for the weights.
 
     Raises:
-        ValueError: called without a context, or for attention of another kind than plain causal.
+        ValueError: called without a context, or for attention that is not computed.
     """
-    if sp_context is None or cu_seq_lens_q is None or max_length_q is None:
+    if sp_context is None:
         raise ValueError("sp_context=None: attn_implementation='flexsp' needs one; call the model by forward_backward")
-    if attention_mask is not None:
-        raise ValueError("attention_mask must be None with attn_implementation='flexsp'; sequences are packed instead")
-    for name in REFUSED_ARGUMENTS:
-        if arguments.get(name) is not None:
-            raise ValueError(f"{name}: attn_implementation='flexsp' computes plain causal attention; use another model")
-    if sliding_window is not None and max_length_q > sliding_window:
-        raise ValueError(
-            f"sliding_window={sliding_window} is below max_seqlen={max_length_q} and not computed; "
-            f"use a model without it or limit the context"
-        )
+    _check_arguments(module, attention_mask, arguments)
+    context, row = sp_context, sp_context.row
+    window = sliding_window if sliding_window is not None and sliding_window < row.max_seqlen else None
+    scores = Scores(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling, window=window, softcap=softcap or None
+    )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (t, heads, H)
+    if context.heads is None and context.ring is None:
+        return _attend(q, k, v, context, scores, dropout, s_aux).unsqueeze(0), None
 
-    def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        return varlen_attention(q_TNH, k_TKH, v_TKH, cu_seq_lens_q, max_length_q, scaling, dropout)
-
-    if sp_context.group is None:
-        return attend(q, k, v).unsqueeze(0), None
-    share = sp_context.shares[sp_context.group_rank]
-    row = scatter_heads(q[:share], k[:share], v[:share], sp_context.shares, sp_context.group)
-    out = gather_heads(attend(*row), sp_context.shares, sp_context.group_rank, sp_context.group)
+    share = context.shares[context.head_rank]
+    held = (q[:share], k[:share], v[:share])
+    if context.heads is None:
+        out = _attend(*held, context, scores, dropout, s_aux)
+    else:
+        traded = scatter_heads(*held, context.shares, context.heads)
+        sinks = None if s_aux is None else s_aux.chunk(len(context.shares))[context.head_rank]
+        out = _attend(*traded, context, scores, dropout, sinks)
+        out = gather_heads(out, context.shares, context.head_rank, context.heads)
     if share == 0:
         # The filler token attends to itself, so that every parameter gets a gradient (of zeros). The empty exchange
         # stays in the graph: the group's other ranks wait for this one in its backward.
-        alone = varlen_attention(q, k, v, cu_seq_lens_q.new_tensor([0, 1]), 1, scaling, dropout)
-        out = torch.cat([out, alone])
+        alone = SPContext(row=Row((1,), 1, 0, q.device), heads=None, ring=None, shares=(1,), kernel=context.kernel)
+        out = torch.cat([out, _attend(q, k, v, alone, scores, dropout, s_aux)])
     return out.unsqueeze(0), None
 
 
-def varlen_attention(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scaling: float | None,
-    dropout: float,
-) -> Tensor:
-    """Causal attention within each sequence of a packed row.
-
-    Args:
-        q_TNH: (T, N, H).
-        k_TKH, v_TKH: (T, K, H), K a divisor of N.
-        cu_seqlens: (sequences + 1,) int32 on the same device, a leading 0 and T at the end.
-        max_seqlen: the longest sequence.
-        scaling: factor of the scores; None is H ** -0.5.
-        dropout: probability.
-
-    Returns:
-        (T, N, H).
-    """
-    if varlen_kernel_serves(q_TNH, v_TKH, dropout):
-        return _varlen_kernel(q_TNH, k_TKH, v_TKH, cu_seqlens, max_seqlen, scaling)
-    return _sdpa_per_sequence(q_TNH, k_TKH, v_TKH, cu_seqlens, scaling, dropout)
-
-
-def varlen_kernel_serves(q_TNH: Tensor, v_TKH: Tensor, dropout: float) -> bool:
-    """Whether torch's variable-length kernel computes this: CUDA, half precision, equal head dims, no dropout."""
-    half = q_TNH.dtype in (torch.float16, torch.bfloat16)
-    return q_TNH.is_cuda and half and dropout == 0.0 and q_TNH.shape[-1] == v_TKH.shape[-1]
-
-
-def _varlen_kernel(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    repeats = q_TNH.shape[1] // k_TKH.shape[1]
-    if repeats > 1:
-        k_TKH, v_TKH = (x.repeat_interleave(repeats, dim=1) for x in (k_TKH, v_TKH))
-    out = varlen_attn(
-        q_TNH.contiguous(), k_TKH.contiguous(), v_TKH.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        scale=scaling, window_size=(-1, 0),
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _sdpa_per_sequence(
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    cu_seqlens: Tensor,
-    scaling: float | None,
-    dropout: float,
-) -> Tensor:
-    sizes = cu_seqlens.diff().tolist()
-    # split, whose backward is one concatenation; a slice per sequence would write a whole row of zeros for each
-    pieces = zip(*(x.transpose(0, 1).unsqueeze(0).split(sizes, dim=2) for x in (q_TNH, k_TKH, v_TKH)), strict=True)
-    gqa = q_TNH.shape[1] != k_TKH.shape[1]
-    outs = [
-        F.scaled_dot_product_attention(
-            q, k, v, is_causal=q.shape[2] > 1, scale=scaling, dropout_p=dropout, enable_gqa=gqa
+def _check_arguments(module: torch.nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:
+    if attention_mask is not None:
+        raise ValueError("attention_mask must be None with attn_implementation='flexsp'; sequences are packed instead")
+    causal = arguments.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(
+            f"is_causal=False of {type(module).__name__}: attn_implementation='flexsp' computes causal attention; use "
+            f"another model"
         )
-        for q, k, v in pieces
-    ]
-    return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
+    for name in REFUSED_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name}: attn_implementation='flexsp' does not compute it; use another model")
+
+
+def _attend(
+    q_tNH: Tensor,
+    k_tKH: Tensor,
+    v_tKV: Tensor,
+    context: SPContext,
+    scores: Scores,
+    dropout: float,
+    sinks_N: Tensor | None,
+) -> Tensor:
+    """Attention over the ring, or over the whole row where there is none, with the kernel that serves it."""
+    blocks = context.ring is not None or sinks_N is not None
+    by_positions = context.ring is not None and scores.window is not None
+    need = Need.of(q_tNH, v_tKV, scores, by_positions=by_positions, blocks=blocks, dropout=dropout)
+    kernel = choose(need, context.kernel)
+    context.used.add(kernel.name)
+    if blocks:
+        return ring_attention(q_tNH, k_tKH, v_tKV, context.row, context.ring, kernel, scores, sinks_N)
+    (whole,) = context.row.meetings(0, scores.window)
+    return kernel.attend(q_tNH, k_tKH, v_tKV, whole.block, scores, dropout)

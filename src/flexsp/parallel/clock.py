@@ -7,10 +7,11 @@ each begins and ends, inside of FSDP2's hooks, on the way forward by hooks of th
 its input and its output:
 
     forward   gather | enter  layer  leave |        enter  head, loss  leave
-    backward  reduce | leave  layer  enter | gather leave  head  enter | gather leave  loss  enter
+    backward  reduce | leave  layer  enter | gather leave  head, loss  enter | gather
 
-On CUDA the marks are events on the current stream, read when the step has ended; nothing is synchronised for them. The
-exchange of a group is inside: it belongs to the group's time.
+Head and loss are one, both inside of the model's call (`flexsp.parallel.loss`), be it once or chunk by chunk; where
+there is no head to watch, the loss alone. On CUDA the marks are events on the current stream, read when the step has
+ended; nothing is synchronised for them. The exchange of a group is inside: it belongs to the group's time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class BusyClock:
         self._entered: Any = None
         self._ended: Any = None
         self._forward = False
-        self._has_head = False
+        self._in_loss = False
         self.layers_done = 0
         """Layers whose forward has ended in this micro-batch: how far it had got where memory ran out."""
 
@@ -55,19 +56,18 @@ class BusyClock:
         self._begins.append(self._now())
         self._busy.append([])
         self.layers_done = 0
-        self._forward = True
+        self._forward, self._in_loss = True, False
 
     @property
     def micro_batch(self) -> int:
         """Which micro-batch since the last reading is running, from 0; -1 where none has begun."""
         return len(self._begins) - 1
 
-    def turn(self) -> None:
-        """Forward and loss have ended, the backward begins: it starts with the loss."""
+    def turn(self, loss: Tensor) -> None:
+        """Forward and loss have ended, the backward begins, with what FSDP2 does at the model's output, the loss."""
         self._forward = False
-        if self._has_head:
-            self._leave()
-            self._enter()
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: self._enter())  # after FSDP2's own, which gathers
 
     def _enter(self) -> None:
         """Work begins. Where other work has not ended yet (no gather lies between two layers), it goes on."""
@@ -140,21 +140,26 @@ class BusyClock:
 
         layer.register_forward_hook(hook)  # after FSDP2's own, so that backward gathers before it enters
 
-    def watch_logits(self, logits: Tensor, used: Tensor) -> None:
-        """On the way back FSDP2 gathers between loss and head: that is not work.
-
-        Args:
-            logits: as the model returned them, so that FSDP2 has its hook on them already.
-            used: what the loss is computed from, a part of them or the same values.
-        """
-        if self._forward and self._has_head and used.requires_grad:
-            used.register_hook(lambda grad: self._leave())
-            logits.register_hook(lambda grad: self._enter())
-
     def watch_head(self, head: torch.nn.Module) -> None:
-        """The output head's work begins at its input; that of the loss ends where the step says, at `turn`."""
-        self.watch_input(head)
-        self._has_head = True
+        """Where the head is called from outside of the loss, its input is where the work of head and loss begins."""
+
+        def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.begin_loss(args[0] if args else next(iter(kwargs.values())))
+
+        head.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def begin_loss(self, x: Tensor) -> None:
+        """Head and loss begin at `x`, and on the way back end there; nothing where they have begun."""
+        if self._forward and not self._in_loss:
+            self._in_loss = True
+            self._enter()
+            if x.requires_grad:
+                x.register_hook(lambda grad: self._leave())
+
+    def end_loss(self) -> None:
+        """The loss has been computed."""
+        if self._forward and self._in_loss:
+            self._leave()
 
 
 def install(model: PreTrainedModel, layers: list[torch.nn.Module], device: torch.device) -> None:

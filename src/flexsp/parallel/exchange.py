@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from flexsp.parallel.channels import Channel
 
 
 def scatter_heads(
-    q_tNH: Tensor, k_tKH: Tensor, v_tKV: Tensor, shares: Sequence[int], group: dist.ProcessGroup
+    q_tNH: Tensor, k_tKH: Tensor, v_tKV: Tensor, shares: Sequence[int], channel: Channel
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All tokens of this rank's block of heads, for queries, keys and values in one exchange.
 
@@ -34,8 +35,8 @@ def scatter_heads(
         q_tNH: (t, N, H) queries of this rank's tokens.
         k_tKH: (t, K, H) keys.
         v_tKV: (t, K, V) values.
-        shares: tokens of each rank of the group, in order; `shares[group_rank]` is t.
-        group: the sequence-parallel group, of size P.
+        shares: tokens of each rank of the channel, in order; `shares[channel.rank]` is t.
+        channel: of the P ranks that trade heads.
 
     Returns:
         (T, N/P, H), (T, L/P, H) and (T, L/P, V), where L = lcm(K, P).
@@ -53,43 +54,43 @@ def scatter_heads(
     blocks = [x.unflatten(1, (P, x.shape[1] // P)) for x in (q_tNH, k_tKH, v_tKV)]  # (t, P, heads/P, dim)
     send = torch.cat([x.flatten(2) for x in blocks], dim=2).transpose(0, 1).flatten(0, 1)  # (P*t, columns)
     t = q_tNH.shape[0]
-    received = exchange_rows(send, [t] * P, shares, group)  # (T, columns)
+    received = exchange_rows(send, [t] * P, shares, channel)  # (T, columns)
     columns = received.split([x.shape[2] * x.shape[3] for x in blocks], dim=1)
     q, k, v = (c.unflatten(1, x.shape[2:]) for c, x in zip(columns, blocks, strict=True))
     return q, k, v
 
 
-def gather_heads(out_TnV: Tensor, shares: Sequence[int], group_rank: int, group: dist.ProcessGroup) -> Tensor:
+def gather_heads(out_TnV: Tensor, shares: Sequence[int], group_rank: int, channel: Channel) -> Tensor:
     """The inverse for the attention's output: this rank's tokens, all heads.
 
     Args:
         out_TnV: (T, N/P, V).
-        shares: tokens of each rank of the group, in order.
-        group_rank: this rank's place in the group.
-        group: the sequence-parallel group, of size P.
+        shares: tokens of each rank of the channel, in order.
+        group_rank: this rank's place in the channel.
+        channel: of the P ranks that trade heads.
 
     Returns:
         (t, N, V).
     """
     P, t = len(shares), shares[group_rank]
     heads, dim = out_TnV.shape[1:]
-    received = exchange_rows(out_TnV.flatten(1), shares, [t] * P, group)  # (P*t, heads*dim), by source rank
+    received = exchange_rows(out_TnV.flatten(1), shares, [t] * P, channel)  # (P*t, heads*dim), by source rank
     return received.view(P, t, heads, dim).transpose(0, 1).flatten(1, 2)
 
 
-def exchange_rows(x: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def exchange_rows(x: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], channel: Channel) -> Tensor:
     """All-to-all of rows, autograd through it.
 
     Args:
         x: (sum(send_rows), C), rows ordered by destination.
-        send_rows: how many rows go to each rank of the group.
+        send_rows: how many rows go to each rank of the channel.
         recv_rows: how many rows come from each.
-        group: the process group.
+        channel: of the ranks that exchange.
 
     Returns:
         (sum(recv_rows), C), rows ordered by source.
     """
-    out: Tensor = _ExchangeRows.apply(x, tuple(send_rows), tuple(recv_rows), group)  # type: ignore[no-untyped-call]
+    out: Tensor = _ExchangeRows.apply(x, tuple(send_rows), tuple(recv_rows), channel)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -98,17 +99,12 @@ class _ExchangeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, send_rows: tuple[int, ...], recv_rows: tuple[int, ...], group: dist.ProcessGroup
+        ctx: Any, x: Tensor, send_rows: tuple[int, ...], recv_rows: tuple[int, ...], channel: Channel
     ) -> Tensor:
-        ctx.send_rows, ctx.recv_rows, ctx.group = send_rows, recv_rows, group
-        return _all_to_all(x, send_rows, recv_rows, group)
+        ctx.send_rows, ctx.recv_rows, ctx.channel = send_rows, recv_rows, channel
+        return channel.all_to_all(x, send_rows, recv_rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.recv_rows, ctx.send_rows, ctx.group), None, None, None
-
-
-def _all_to_all(x: Tensor, send_rows: Sequence[int], recv_rows: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty((sum(recv_rows), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), list(recv_rows), list(send_rows), group=group)
-    return out
+        channel: Channel = ctx.channel
+        return channel.all_to_all(grads[0], ctx.recv_rows, ctx.send_rows), None, None, None

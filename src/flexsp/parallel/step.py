@@ -7,28 +7,32 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexsp.data.batch import PlannedBatch, RankMicroBatch
-from flexsp.data.packing import IGNORE_INDEX
 from flexsp.parallel.agreement import agree
 from flexsp.parallel.attention import SPContext
 from flexsp.parallel.clock import MicroBatchTime, clock_of
 from flexsp.parallel.groups import GroupPool
+from flexsp.parallel.layouts import check_degrees
+from flexsp.parallel.model import kernel_of
+from flexsp.parallel.policies import policies_of
+from flexsp.parallel.row import Row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step computed; the same on all ranks but for the times."""
+    """What a step computed; the same on all ranks but for times and kernels."""
 
     loss: float
     """Mean over the labels of the global batch that count."""
     num_labels: int
     """How many they are."""
     times: tuple[MicroBatchTime, ...]
-    """Of each micro-batch on this rank: the one part that differs between ranks."""
+    """Of each micro-batch on this rank."""
+    kernels: frozenset[str]
+    """The attention kernels that this rank used."""
 
 
 def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> StepResult:
@@ -49,38 +53,51 @@ def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupP
 
     Raises:
         PlanMismatchError: ranks hold different plans.
-        RankError: a rank could not read its tokens, or the plan is for another world size.
+        RankError: a rank could not read its tokens, or the plan is for another world size or other heads.
         ValueError: no label counts.
     """
     error: Exception | None = None
     own: list[RankMicroBatch] = []
     try:
-        own = _read(batch)
+        own = _read(model, batch)
     except Exception as caught:  # any fault of one rank must end all of them, see agree
         error = caught
     num_labels = agree(batch, sum(micro_batch.num_labels for micro_batch in own), error, groups.control)
-    groups.prepare([batch.plan])
+    groups.prepare([batch.plan], batch.layouts)
     total = torch.zeros((), dtype=torch.float64, device=_device(model))
-    clock = clock_of(model)
+    clock, policies = clock_of(model), policies_of(model)
+    kernels: set[str] = set()
     for micro_batch in own:
         clock.begin()
-        loss_sum = _loss_sum(model, micro_batch, groups)
-        clock.turn()
+        policies.begin(micro_batch.policy)
+        context = _context(model, micro_batch, groups)
+        loss_sum = _loss_sum(model, micro_batch, context)
+        clock.turn(loss_sum)
         # FSDP2 averages gradients over the ranks; we want their sum over the labels of the global batch
         (loss_sum * (dist.get_world_size() / num_labels)).backward()
         total += loss_sum.detach()
+        kernels |= context.used
     clock.end()
     dist.all_reduce(total)
     loss = total.item() / num_labels  # waits for the device, so that reading the clock does not
-    return StepResult(loss=loss, num_labels=num_labels, times=clock.read())
+    return StepResult(loss=loss, num_labels=num_labels, times=clock.read(), kernels=frozenset(kernels))
 
 
-def _read(batch: PlannedBatch) -> list[RankMicroBatch]:
+def _read(model: PreTrainedModel, batch: PlannedBatch) -> list[RankMicroBatch]:
+    """This rank's tokens, once it is known that the step can run.
+
+    Raises:
+        ValueError: the plan is for another world size, a degree's layout does not fit it or the model's heads, or the
+            model does not run a policy.
+    """
     world_size = dist.get_world_size()
     if batch.plan.num_devices != world_size:
         raise ValueError(
             f"plan num_devices={batch.plan.num_devices} is not world_size={world_size}; plan for {world_size} ranks"
         )
+    degrees = {degree for micro_batch in batch.plan.micro_batches for degree in micro_batch.sp_degrees}
+    check_degrees(degrees, model.config, world_size, batch.layouts)
+    policies_of(model).check(micro_batch.policy for micro_batch in batch.plan.micro_batches)
     return batch.for_rank(dist.get_rank())
 
 
@@ -88,31 +105,36 @@ def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _loss_sum(model: PreTrainedModel, micro_batch: RankMicroBatch, groups: GroupPool) -> Tensor:
+def _context(model: PreTrainedModel, micro_batch: RankMicroBatch, groups: GroupPool) -> SPContext:
+    """How this rank's attention layers find the rest of their row."""
+    layout = micro_batch.layout
+    heads, ring = groups.channels(micro_batch.ranks, layout)
+    ring_rank = micro_batch.ranks.index(dist.get_rank()) // layout.ulysses
+    return SPContext(
+        row=Row(micro_batch.lengths, layout.ring, ring_rank, _device(model)),
+        heads=heads,
+        ring=ring,
+        shares=micro_batch.shares[ring_rank * layout.ulysses : (ring_rank + 1) * layout.ulysses],
+        kernel=kernel_of(model),
+    )
+
+
+def _loss_sum(model: PreTrainedModel, micro_batch: RankMicroBatch, context: SPContext) -> Tensor:
     """Summed loss of this rank's labels in one micro-batch; 0, but with a gradient, for a filler token."""
     device = _device(model)
     cu_seqlens = micro_batch.cu_seqlens.to(device, non_blocking=True)
-    context = SPContext(
-        group=groups.get(micro_batch.ranks),
-        group_rank=micro_batch.ranks.index(dist.get_rank()),
-        shares=micro_batch.shares,
-    )
     row: dict[str, Any] = {
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": micro_batch.max_seqlen,
         "max_length_k": micro_batch.max_seqlen,
     }
-    output: Tensor = model(
+    loss_sum: Tensor = model(
         input_ids=micro_batch.input_ids.to(device, non_blocking=True),
         position_ids=micro_batch.position_ids.to(device, non_blocking=True),
+        shift_labels=micro_batch.shift_labels.to(device, non_blocking=True),
         use_cache=False,
         sp_context=context,
         **row,
-    ).logits
-    logits = output[0]
-    clock_of(model).watch_logits(output, logits)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    labels = micro_batch.shift_labels[0].to(device, non_blocking=True)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    )
+    return loss_sum

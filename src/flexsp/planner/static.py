@@ -41,17 +41,17 @@ def plan_static(
     return assemble("static", lengths, profile, micro_batches, time.perf_counter() - began)
 
 
-def static_degree(profile: Profile, max_length: int) -> int:
-    """The least degree of which a group holds a sequence of `max_length` tokens.
+def static_degree(profile: Profile, max_length: int, policy: str | None = None) -> int:
+    """The least degree of which a group holds a sequence of `max_length` tokens, under a policy of the profile or none.
 
     Raises:
         ValueError: no degree does.
     """
     usable = usable_degrees(profile)
     for degree in usable:
-        if profile.capacity_tokens(degree) >= max_length:
+        if profile.capacity_tokens(degree, policy) >= max_length:
             return degree
-    most = max((profile.capacity_tokens(d) for d in usable), default=0)
+    most = max((profile.capacity_tokens(d, policy) for d in usable), default=0)
     raise ValueError(
         f"max_length={max_length} tokens fit into no group: the most that any degree of {usable} holds is {most}; "
         f"lower the limit, allow a higher degree, or give each device more memory"

@@ -13,21 +13,17 @@ Bytes a token, peaks at rest and the optimizer's step are put together the same 
 from __future__ import annotations
 
 import gc
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
-import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from flexsp import jsonfields as jf
 from flexsp.estimate import ModelShape, model_shape
-from flexsp.parallel import GroupPool, check_degrees, prepare_model
+from flexsp.parallel import GroupPool, check_degrees, default_layouts, prepare_model
 from flexsp.profile import Profile
 from flexsp.profiler.fit import Fit
 from flexsp.profiler.measure import (
@@ -42,43 +38,12 @@ from flexsp.profiler.measure import (
     read_points,
 )
 from flexsp.profiler.memory import OPTIMIZER_COPIES, PeakFit, shard_bytes
+from flexsp.profiler.parts import HEAD_TOKENS, SMALL_VOCABULARY, build_part, parts_of
 from flexsp.profiler.points import SHARES, Layout, Part, Point, fit_points, held_out_layouts
+from flexsp.profiler.policies import PolicyReading, measurable, policies_by_parts, read_policies
+from flexsp.profiler.policies import residual_bytes as residual_under
 from flexsp.profiler.probe import Probe, Reading, Track, silent
-
-log = logging.getLogger(__name__)
-
-FEW_LAYERS = 3
-SMALL_VOCABULARY = 1024
-HEAD_TOKENS = 4096
-"""At most so many tokens a rank run through the whole vocabulary: logits are what fills memory there."""
-LOGIT_BYTES = 12
-"""Of one logit: in the computed type, in fp32, and its gradients."""
-WEIGHT_BYTES = 4
-"""Parameters are kept in fp32."""
-
-
-def read_model_config(path: str | Path) -> PreTrainedConfig:
-    """The Hugging Face config in a directory or a JSON file.
-
-    Raises:
-        ValueError: it cannot be read, or transformers does not know it.
-    """
-    file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
-    fields = jf.read_object(file)
-    model_type = jf.as_string(jf.required(fields, "model_type", str(file)), f"{file}: model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{file}: model_type={model_type!r} is unknown to transformers {transformers.__version__}; correct it, or "
-            f"install a version that knows it"
-        )
-    del fields["model_type"]
-    try:
-        config = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: transformers cannot make a config of it ({error}); correct it") from None
-    assert isinstance(config, PreTrainedConfig)
-    return config
+from flexsp.profiler.splits import Splits, measured_splits
 
 
 def measure_layers(
@@ -90,10 +55,12 @@ def measure_layers(
     device: torch.device,
     memory_fraction: float = 0.9,
     param_dtype: torch.dtype | None = None,
+    weights_dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
     shard_layers: bool = True,
     sharded_over: int | None = None,
     max_tokens_per_rank: int | None = None,
+    policies: Sequence[str] = (),
     track: Track = silent,
 ) -> Profile:
     """Measures the profile of a model that is given by its config. A collective; every rank gets the same profile.
@@ -105,33 +72,37 @@ def measure_layers(
         probe_tokens: tokens of a rank in the largest timed micro-batch.
         device: of this rank.
         memory_fraction: of a rank's memory that a plan may fill.
-        param_dtype: what the model computes in; by default fp32.
+        param_dtype: what the model computes in; by default the type of its weights.
+        weights_dtype: what weights, gradients and optimizer states are kept in.
         activation_checkpointing: recompute each layer in the backward.
         shard_layers: gather parameters layer by layer, as `prepare_model` has it.
         sharded_over: devices over which the model states are taken to be sharded; by default the ranks.
         max_tokens_per_rank: an artificial memory limit.
+        policies: activation policies to measure; a plan may then choose among them.
         track: shows progress.
 
     Raises:
-        ValueError: a model that cannot be run exactly, a degree that the heads cannot serve, or no memory left for
-            activations.
+        ValueError: a model that cannot be run exactly, a degree that the heads cannot serve, a policy that the model
+            does not run, or no memory left for activations.
     """
-    check_degrees(sp_degrees, config, dist.get_world_size())
+    check_degrees(sp_degrees, config, dist.get_world_size(), default_layouts(config, sp_degrees))
     shape = model_shape(config.to_dict())
-    began, dtype = time.perf_counter(), param_dtype or torch.float32
+    began, dtype = time.perf_counter(), param_dtype or weights_dtype
     limit = Limit(max_tokens_per_rank=max_tokens_per_rank, fraction=memory_fraction)
     done: list[_PartDone] = []
     for part in parts_of(shape):
         vocabulary = max(1, round(part.head * shape.vocab_size))
-        model = build_part(config, part.layers, vocabulary, probe_tokens * max(sp_degrees), device)
+        model = build_part(config, part.layers, vocabulary, probe_tokens * max(sp_degrees), device, weights_dtype)
         prepare_model(
             model,
             param_dtype=param_dtype,
             activation_checkpointing=activation_checkpointing,
             shard_layers=shard_layers,
         )
+        if not done:
+            policies = measurable(policies, model, device)
         probe = Probe(model, groups, part)
-        done.append(_run_part(probe, shape, probe_tokens, sp_degrees, limit, dtype, track, first=not done))
+        done.append(_run_part(probe, shape, probe_tokens, sp_degrees, limit, dtype, policies, track, first=not done))
         del model, probe
         gc.collect()
         if device.type == "cuda":
@@ -146,19 +117,27 @@ def measure_layers(
     said = fit.for_part(first.part)
     devices = sharded_over or dist.get_world_size()
     per_token, residual_bytes = whole_model_tokens(done, shape)
-    state_bytes = whole_model_states(done, shape, devices, dtype.itemsize if shard_layers else None)
+    gathered_itemsize = dtype.itemsize if shard_layers else None
+    state_bytes = whole_model_states(done, shape, devices, weights_dtype.itemsize, gathered_itemsize)
+    layers = 1 if first.part.whole else shape.num_layers
     measured = Measured(
         config=config,
         dtype=dtype,
         readings=[reading for each in done for reading in each.readings],
         fit=fit,
-        layers=1 if first.part.whole else shape.num_layers,
+        splits=first.splits,
+        layers=layers,
         exchange_bytes_per_s=alone_bytes_per_s(first.alone, probe_tokens, config, dtype),
         held_out=[said.layout_s(layout) / seconds - 1.0 for layout, seconds in first.tried],
-        optimizer_s=first.optimizer_s * WEIGHT_BYTES * shape.num_parameters / devices / first.shard_bytes,
+        optimizer_s=first.optimizer_s * weights_dtype.itemsize * shape.num_parameters / devices / first.shard_bytes,
         state_bytes=state_bytes,
         activation_bytes_per_token=per_token,
         residual_bytes=residual_bytes,
+        policies=policies_by_parts(
+            [each.policies for each in done],
+            lambda values: _by_difference(done, values, shape),
+            fit.for_layers(layers).layout_s,
+        ),
         notes={
             "assumptions": []
             if first.part.whole
@@ -180,8 +159,10 @@ class _PartDone:
     readings: list[Reading]
     tried: list[tuple[Layout, float]]
     alone: dict[int, dict[str, float]]
+    splits: Splits
     optimizer_s: float
     peaks: PeakFit
+    policies: Mapping[str, PolicyReading]
     shard_bytes: int
 
 
@@ -192,6 +173,7 @@ def _run_part(
     degrees: Sequence[int],
     limit: Limit,
     dtype: torch.dtype,
+    policies: Sequence[str],
     track: Track,
     first: bool,
 ) -> _PartDone:
@@ -201,66 +183,29 @@ def _run_part(
     tokens = min(probe_tokens, HEAD_TOKENS) if full_head else probe_tokens
     points = _head_points(tokens) if full_head else fit_points(tokens, degrees if first else [1])
     layouts = held_out_layouts(tokens, degrees, probe.world_size, HELD_OUT) if first else []
+    splits = measured_splits(probe, tokens, degrees, track) if first else Splits(layouts={}, seconds={})
+    probe.layouts = splits.layouts
     what = f"measuring {part.layers} of {shape.num_layers} layers{', whole vocabulary' if full_head else ''}"
     readings, tried = read_points(probe, points, layouts, track, what)
+    room_bytes = None if full_head else limit.room_bytes(probe.device)
+    peaks_of = partial(measured_peaks, tokens=tokens, room_bytes=room_bytes)
     return _PartDone(
         part=part,
         readings=readings,
         tried=tried,
         alone=exchange_alone(probe, tokens, degrees, dtype) if first else {},
+        splits=splits,
         optimizer_s=probe.optimizer_s() if first else 0.0,
-        peaks=measured_peaks(probe, tokens, None if full_head else limit.room_bytes(probe.device)),
+        peaks=peaks_of(probe),
+        policies=read_policies(probe, policies, tokens, peaks_of, track, timed=not full_head),
         shard_bytes=shard_bytes(probe.model),
     )
-
-
-def parts_of(shape: ModelShape) -> list[Part]:
-    """The parts to measure, the one for all points first; the whole model where it is no more than that."""
-    small = min(1.0, SMALL_VOCABULARY / shape.vocab_size)
-    if shape.num_layers <= FEW_LAYERS and small == 1.0:
-        return [Part(layers=shape.num_layers, head=1.0, whole=True)]
-    parts = [Part(layers=layers, head=small) for layers in sorted({min(FEW_LAYERS, shape.num_layers), 1}, reverse=True)]
-    return parts if small == 1.0 else [*parts, Part(layers=1, head=1.0)]
 
 
 def _head_points(tokens: int) -> list[Point]:
     """Rows of short sequences, in which the head weighs most."""
     short = max(1, tokens // SHARES[-1])
     return [Point(1, (1,), count=4), *(Point(1, (short,) * count) for count in (SHARES[-1], SHARES[-1] // 2))]
-
-
-def build_part(config: PreTrainedConfig, layers: int, vocabulary: int, longest: int, device: torch.device) -> Any:
-    """A model of so many layers and so large a vocabulary, otherwise as `config` says, with random weights.
-
-    Args:
-        config: of the whole model; left as it is.
-        layers, vocabulary: of the part.
-        longest: tokens of the longest sequence that it must take.
-        device: where it is built.
-    """
-    fields = config.to_dict()
-    text, text_config = fields.get("text_config") or fields, config.get_text_config()
-    count, name_of = text_config.num_hidden_layers, text_config.attribute_map
-    for key, value in text.items():
-        if isinstance(value, list) and len(value) == count:  # what is said layer by layer
-            text[key] = value[:layers]
-    text[name_of.get("num_hidden_layers", "num_hidden_layers")] = layers
-    text[name_of.get("vocab_size", "vocab_size")] = vocabulary
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        text[key] = None
-    positions = name_of.get("max_position_embeddings", "max_position_embeddings")
-    if text.get(positions) is not None:
-        text[positions] = max(text[positions], longest)
-    part = type(config).from_dict(fields)
-    torch.manual_seed(0)
-    try:
-        with device:
-            return AutoModelForCausalLM.from_config(part, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"model_type={config.model_type!r}: transformers cannot make a part of {layers} layers of it ({error}); "
-            f"measure the whole model with flexsp train instead"
-        ) from None
 
 
 def _by_difference(done: Sequence[_PartDone], values: Sequence[float], shape: ModelShape) -> float:
@@ -282,22 +227,23 @@ def whole_model_tokens(done: Sequence[_PartDone], shape: ModelShape) -> tuple[fl
     The residual is mostly what the process does beside, so it is not taken to grow with the layers.
     """
     per_token = _by_difference(done, [each.peaks.bytes_per_token for each in done], shape)
-    return per_token, max(each.peaks.residual_bytes for each in done)
+    return per_token, max(residual_under([each.policies for each in done]), *(e.peaks.residual_bytes for e in done))
 
 
 def whole_model_states(
-    done: Sequence[_PartDone], shape: ModelShape, devices: int, gathered_itemsize: int | None
+    done: Sequence[_PartDone], shape: ModelShape, devices: int, weight_bytes: int, gathered_itemsize: int | None
 ) -> float:
     """Bytes of a rank of the whole model whatever the tokens.
 
-    Its share of 16 bytes a parameter, and what a part held at rest beyond its own shards of parameters and gradients:
-    the process, and whatever was gathered. Layer by layer that is the most of any part and a layer more (the one that
-    is fetched ahead); all at once it grows with the layers.
+    Its share of weights, gradients and optimizer states, and what a part held at rest beyond its own shards of
+    parameters and gradients: the process, and whatever was gathered. Layer by layer that is the most of any part and a
+    layer more (the one that is fetched ahead); all at once it grows with the layers.
 
     Args:
         done: the parts.
         shape: of the whole model.
         devices: over which it is sharded.
+        weight_bytes: of a parameter as it is kept.
         gathered_itemsize: bytes of a gathered parameter; None where all are gathered at once.
     """
     beside = [max(0.0, each.peaks.at_rest_bytes - 2 * each.shard_bytes) for each in done]
@@ -306,22 +252,4 @@ def whole_model_states(
     else:
         ahead = 0 if done[0].part.whole else gathered_itemsize * shape.layer_parameters
         held = max(beside) + ahead
-    return held + (2 + OPTIMIZER_COPIES) * WEIGHT_BYTES * shape.num_parameters / devices
-
-
-def needed_bytes(shape: ModelShape, probe_tokens: int, itemsize: int) -> int:
-    """What measuring will hold on a rank at the most, about: the larger of the first part and the last."""
-    head_bytes = shape.vocab_size * LOGIT_BYTES
-    layer_token_bytes = sum(shape.kept_bytes_per_layer(itemsize).values())
-    parts = parts_of(shape)
-    first, last = parts[0], parts[-1]
-
-    def states(part: Part) -> float:
-        ends = (shape.embedding_parameters + shape.head_parameters) * part.head
-        return (part.layers * shape.layer_parameters + ends) * WEIGHT_BYTES * (2 + OPTIMIZER_COPIES)
-
-    rows = (
-        states(first) + probe_tokens * (first.layers * layer_token_bytes + head_bytes * first.head),
-        states(last) + min(probe_tokens, HEAD_TOKENS) * (layer_token_bytes + head_bytes),
-    )
-    return int(max(rows))
+    return held + (2 + OPTIMIZER_COPIES) * weight_bytes * shape.num_parameters / devices

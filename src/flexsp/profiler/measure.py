@@ -1,5 +1,6 @@
 """A profile of a prepared model on the ranks at hand, measured through the real executor with all ranks busy.
 
+0. Choose how every degree splits into heads x context: the fastest (`splits`).
 1. Time rows of like sequences at every degree (`points`), and every degree's exchange by itself, by placement.
 2. Fit the cost model to all of them at once (`fit`), and try it on mixed micro-batches that the fit has not seen.
 3. Time the optimizer's step; measure the peak bytes of rows of several sizes (`memory`).
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,12 +28,14 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import flexsp
-from flexsp.parallel import GroupPool, check_degrees
-from flexsp.profile import AllToAll, Compute, Memory, Profile
+from flexsp.parallel import GroupPool, check_degrees, default_layouts
+from flexsp.profile import AllToAll, Compute, Memory, Policy, Profile
 from flexsp.profiler.fit import Fit
 from flexsp.profiler.memory import LEAST_MARGIN, OPTIMIZER_COPIES, PeakFit, memory_limit, peak_fit, shard_bytes
 from flexsp.profiler.points import Layout, Part, Point, fit_points, held_out_layouts
+from flexsp.profiler.policies import at_rest_bytes, measurable, read_policies, residual_bytes, whole_policies
 from flexsp.profiler.probe import Probe, Reading, Track, silent
+from flexsp.profiler.splits import Splits, measured_splits
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ class Measured:
     """What is computed in."""
     readings: list[Reading]
     fit: Fit
+    splits: Splits
     layers: int
     """What the fit is to be taken for: the model's layers, or 1 where the readings are of the whole model."""
     exchange_bytes_per_s: Mapping[int, Mapping[str, float]]
@@ -63,6 +68,7 @@ class Measured:
     state_bytes: float
     activation_bytes_per_token: float
     residual_bytes: float
+    policies: Mapping[str, Policy] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the provenance."""
 
@@ -89,6 +95,7 @@ def measure_profile(
     max_tokens_per_rank: int | None = None,
     memory_fraction: float = 0.9,
     param_dtype: torch.dtype | None = None,
+    policies: Sequence[str] = (),
     track: Track = silent,
 ) -> Profile:
     """Measures the profile of a prepared model. A collective; every rank gets the same profile.
@@ -101,39 +108,48 @@ def measure_profile(
         memory_fraction: of the memory of a device (a CPU: of the process's limit or its share of the machine's) that a
             plan may fill, where there is no artificial limit.
         param_dtype: what the model computes in, where that is not the type of its parameters.
+        policies: activation policies to measure; a plan may then choose among them.
         track: shows progress.
 
     Raises:
-        ValueError: a degree that the heads cannot serve, or no memory left for activations.
+        ValueError: a degree that the heads cannot serve, a policy that the model does not run, or no memory left for
+            activations.
     """
-    check_degrees(sp_degrees, model.config, dist.get_world_size())
+    check_degrees(sp_degrees, model.config, dist.get_world_size(), default_layouts(model.config, sp_degrees))
     began = time.perf_counter()
     dtype = param_dtype or next(model.parameters()).dtype
     probe = Probe(model, groups, Part(layers=model.config.get_text_config().num_hidden_layers, head=1.0, whole=True))
+    policies = measurable(policies, model, probe.device)
     limit = Limit(max_tokens_per_rank=max_tokens_per_rank, fraction=memory_fraction)
     most = PROBE_TOKENS[probe.device.type]
     tokens = min(most, FIRST_TOKENS, max_tokens_per_rank or most)
     room_bytes = limit.room_bytes(probe.device)
     peaks = measured_peaks(probe, tokens, room_bytes)
+    peaks_of = partial(measured_peaks, tokens=tokens, room_bytes=room_bytes)
     if room_bytes is not None:  # half of what the rank with the least room holds
         held = int(-probe.largest(-room_bytes) / 2 - peaks.at_rest_bytes) // int(peaks.bytes_per_token)
         tokens = max(tokens, min(most, held))
+    splits = measured_splits(probe, tokens, sp_degrees, track)
+    probe.layouts = splits.layouts
     layouts = held_out_layouts(tokens, sp_degrees, probe.world_size, HELD_OUT)
     readings, tried = read_points(probe, fit_points(tokens, sp_degrees), layouts, track)
     alone = exchange_alone(probe, tokens, sp_degrees, dtype)
+    under = read_policies(probe, policies, tokens, peaks_of, track)
     fit = Fit(readings, sp_degrees, {d: max(by.values()) / (tokens * d) for d, by in alone.items()})
     measured = Measured(
         config=model.config,
         dtype=dtype,
         readings=readings,
         fit=fit,
+        splits=splits,
         layers=1,
         exchange_bytes_per_s=alone_bytes_per_s(alone, tokens, model.config, dtype),
         held_out=[fit.for_part(probe.part).layout_s(layout) / seconds - 1.0 for layout, seconds in tried],
         optimizer_s=probe.optimizer_s(),
-        state_bytes=peaks.at_rest_bytes + OPTIMIZER_COPIES * shard_bytes(model),
+        state_bytes=max(peaks.at_rest_bytes, at_rest_bytes([under])) + OPTIMIZER_COPIES * shard_bytes(model),
         activation_bytes_per_token=peaks.bytes_per_token,
-        residual_bytes=peaks.residual_bytes,
+        residual_bytes=max(peaks.residual_bytes, residual_bytes([under])),
+        policies=whole_policies(under),
     )
     return from_first_rank(lambda: make_profile(measured, sp_degrees, probe.device, limit, began), groups)
 
@@ -160,7 +176,11 @@ def exchange_alone(
 ) -> dict[int, dict[str, float]]:
     """Seconds of one layer's exchanges of rows of so many tokens a rank, by degree and placement."""
     config = probe.model.config
-    return {d: probe.exchange_s(d, tokens, exchange_columns(config, d), dtype) for d in degrees if d > 1}
+    return {
+        d: probe.exchange_s(d, tokens, exchange_columns(config, d), dtype)
+        for d in degrees
+        if d > 1 and d not in probe.layouts  # a ring's traffic is partly hidden: by itself it says little
+    }
 
 
 def alone_bytes_per_s(
@@ -209,6 +229,7 @@ def make_profile(
     bytes_per_token = exchange_bytes_per_token(measured.config, measured.dtype)
     errors = [abs(error) for error in measured.held_out]
     residuals = measured.fit.residuals()
+    splits_s = measured.splits.seconds
     return Profile(
         name=f"{measured.config.model_type} on {world_size} x {device_name(device)}",
         num_devices=world_size,
@@ -224,8 +245,9 @@ def make_profile(
             memory_bytes=int(memory_bytes),
             model_state_bytes=state_bytes,
             activation_bytes_per_token=per_token,
-            policies={},
+            policies=measured.policies,
         ),
+        layouts=measured.splits.layouts,
         optimizer_s=measured.optimizer_s,
         tables=measured.fit.tables(measured.layers),
         provenance={
@@ -251,6 +273,7 @@ def make_profile(
                 "held_out_worst": max(errors),
             },
             "exchange_bytes_per_s": {str(d): dict(by) for d, by in measured.exchange_bytes_per_s.items()},
+            **({"splits_s": {str(d): dict(by) for d, by in splits_s.items()}} if splits_s else {}),
             **measured.notes,
             "points": [
                 {

@@ -7,14 +7,19 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 OPTIMIZER_COPIES = 2
 """States per parameter of Adam and AdamW; plain SGD has none, and then this much room is left unused."""
@@ -69,7 +74,7 @@ def peak_fit(
 ) -> PeakFit:
     """Measures the peaks of rows of these sizes, ascending.
 
-    On a CPU no less is taken a token than what autograd saves, since a small row's peak can drown in what the process
+    On a CPU no less is taken a token than what live tensors say, since a small row's peak can drown in what the process
     had allocated before.
 
     Args:
@@ -96,7 +101,7 @@ def peak_fit(
     measured = sizes[: len(peaks)]
     slope, at_rest = (float(c) for c in line)
     if device.type == "cpu":
-        small, large = (_saved_bytes(run, size) for size in measured[:2])
+        small, large = (most_live_bytes(partial(run, size)) for size in measured[:2])
         slope = max(slope, (large - small) / (measured[1] - measured[0]))
     slope = max(slope, 1.0)
     at_rest = max(0.0, min(at_rest, peaks[-1] - slope * measured[-1]))
@@ -136,19 +141,48 @@ def memory_limit(device: torch.device, fraction: float, local_world_size: int) -
     return int(limit * fraction), said
 
 
-def _saved_bytes(run: Callable[[int], object], tokens: int) -> int:
-    """What autograd holds between forward and backward of a row."""
-    storages: dict[int, int] = {}
+class LiveTensors(TorchDispatchMode):
+    """Counts the storages that operations make, inside of it, for as long as they live.
 
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    Recomputed activations and the backward's gradients are in it; workspaces inside of an operation are not. Forward
+    and backward must run in the thread that entered it, as they do on a CPU.
+    """
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(tokens)
-    return sum(storages.values())
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes = 0
+        self.most_bytes = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            del self._known[key]
+            self.live_bytes -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live_bytes += size
+        self.most_bytes = max(self.most_bytes, self.live_bytes)
+
+
+def most_live_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that the tensors made by `run`, on a CPU, held at a time."""
+    tensors = LiveTensors()
+    with tensors:
+        run()
+    return tensors.most_bytes
 
 
 def _status_bytes(field: str) -> int:

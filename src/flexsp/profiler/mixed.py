@@ -11,8 +11,9 @@ from flexsp.profile import Profile
 def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
     """The measured profile for the estimate's cluster: its degrees, nodes and number of devices.
 
-    A device's own seconds and bytes stay measured. Degrees that were measured keep their exchange, where their group
-    lies in one node there too; other degrees, and the gathers of more devices, are the estimate's.
+    A device's own seconds and bytes stay measured. Degrees that were measured keep their exchange and how they split
+    into heads x context, where their group lies in one node there too; other degrees, and the gathers of more devices,
+    are the estimate's.
 
     Args:
         measured: of few devices, but with the model states and the optimizer's step of the cluster's number of them.
@@ -39,9 +40,15 @@ def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
         if d > 1:
             field = "all_to_all.bandwidth_bytes_per_s"
             fields[f"{field}.{d}"] = "measured" if d in own else f"estimated: {_why(estimate, field)}"
+    layouts = {d: layout for d, layout in estimate.layouts.items() if d not in own}
+    layouts |= {d: layout for d, layout in measured.layouts.items() if d in own}
+    for d in sorted(layouts):
+        fields[f"layouts.{d}"] = "measured" if d in own else f"estimated: {_why(estimate, 'layouts')}"
     fields["all_to_all.latency_s"] = "as the bandwidth of the same degree"
     share = f"measured on {measured.num_devices} devices, for a share of 1/{estimate.num_devices} of the parameters"
     fields["memory.model_state_bytes"] = fields["optimizer_s"] = share
+    if measured.memory.policies:
+        fields["memory.policies"] = "measured"
     return replace(
         estimate,
         name=f"{measured.name}, for {estimate.num_devices} devices of {estimate.provenance.get('device', 'a cluster')}",
@@ -54,6 +61,7 @@ def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
             latency_s={d: measured.latency_s(d) if d in own else v for d, v in latency.items()},
         ),
         memory=measured.memory,
+        layouts={d: layouts[d] for d in sorted(layouts)},
         optimizer_s=measured.optimizer_s,
         tables={d: table for d, table in measured.tables.items() if d == 1 or d in own},
         provenance={
@@ -67,6 +75,11 @@ def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
             ],
             "fields": fields,
             "sources": _strings(estimate.provenance, "sources"),
+            **{
+                key: {d: value for d, value in by_degree.items() if int(d) not in own}
+                for key in ("splits_s_per_token", "ring_hidden")
+                if isinstance(by_degree := estimate.provenance.get(key), Mapping)
+            },
         },
     )
 

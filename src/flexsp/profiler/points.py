@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
 import numpy as np
 
-from flexsp.data.batch import IntArray, PlannedBatch
+from flexsp import profile
+from flexsp.data.batch import PlannedBatch
+from flexsp.data.packing import IntArray
 from flexsp.plans import Group, MicroBatch, Plan
 
 Layout = list[tuple[int, tuple[int, ...]]]
@@ -109,7 +111,9 @@ class RandomTokens:
         return tokens, tokens
 
 
-def batch_of(layouts: Sequence[Layout], world_size: int, vocab_size: int) -> PlannedBatch:
+def batch_of(
+    layouts: Sequence[Layout], world_size: int, vocab_size: int, splits: Mapping[int, profile.Layout]
+) -> PlannedBatch:
     """A global batch of random tokens that runs as these micro-batches."""
     micro_batches: list[MicroBatch] = []
     lengths: list[int] = []
@@ -127,4 +131,5 @@ def batch_of(layouts: Sequence[Layout], world_size: int, vocab_size: int) -> Pla
         lengths=np.array(lengths, dtype=np.int64),
         plan=Plan(num_devices=world_size, micro_batches=tuple(micro_batches)),
         source=RandomTokens(vocab_size),
+        layouts=splits,
     )

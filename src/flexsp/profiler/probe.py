@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from flexsp import profile
 from flexsp.data.batch import PlannedBatch
 from flexsp.data.packing import share_sizes
 from flexsp.parallel import GroupPool, forward_backward
-from flexsp.parallel.exchange import exchange_rows
 from flexsp.profiler.points import Layout, Part, Point, batch_of
 
 ROW_LENGTH = 512
@@ -57,6 +57,8 @@ class Probe:
 
     def __init__(self, model: PreTrainedModel, groups: GroupPool, part: Part) -> None:
         self.model, self.groups, self.part = model, groups, part
+        self.layouts: Mapping[int, profile.Layout] = {}
+        """How degrees split into heads x context; one that is not here trades heads alone."""
         self.world_size = dist.get_world_size()
         self.device = next(model.parameters()).device
 
@@ -75,6 +77,10 @@ class Probe:
             taken.append(timed_step(self.model, batch, self.groups))
         return sorted(taken)[:-1]
 
+    def once(self, layouts: Sequence[Layout]) -> float:
+        """Seconds of the slowest rank, without a warm-up."""
+        return timed_step(self.model, self.batch(layouts), self.groups)
+
     def run(self, tokens: int) -> None:
         """Forward and backward of a row of so many tokens on every rank, by itself, in sequences of `ROW_LENGTH`."""
         whole, rest = divmod(tokens, ROW_LENGTH)
@@ -86,7 +92,8 @@ class Probe:
         return largest_of_all(own, self.groups)
 
     def batch(self, layouts: Sequence[Layout]) -> PlannedBatch:
-        return batch_of(layouts, self.world_size, self.model.config.get_text_config().vocab_size)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        return batch_of(layouts, self.world_size, vocab_size, self.layouts)
 
     def optimizer_s(self) -> float:
         """Seconds of clipping and one AdamW step. At a learning rate of 0 the weights stay as they are."""
@@ -117,23 +124,22 @@ class Probe:
         self.groups.prepare([self.batch([[(degree, (1,))] * (self.world_size // degree)]).plan])
         rank = dist.get_rank()
         start = rank - rank % degree
-        taken = 0.0
-        if start + degree <= self.world_size:
-            group = self.groups.get(tuple(range(start, start + degree)))
-            assert group is not None
-            shares = share_sizes(tokens * degree, degree)
-            there, back = (
-                torch.zeros(tokens * degree, width // degree, dtype=dtype, device=self.device) for width in columns
-            )
-            times = []
-            for _ in range(LEAST_REPEATS + 1):
-                dist.barrier(group=group)
-                began = time.perf_counter()
+        served = start + degree <= self.world_size  # else one of the ranks left over, which only keep step
+        channel = self.groups.channel(tuple(range(start, start + degree))) if served else None
+        shares = share_sizes(tokens * degree, degree)
+        there, back = (
+            torch.zeros(tokens * degree, width // degree, dtype=dtype, device=self.device) for width in columns
+        )
+        times = []
+        for _ in range(LEAST_REPEATS + 1):
+            dist.barrier(group=self.groups.control)
+            began = time.perf_counter()
+            if channel is not None:
                 for rows in (there, back, back, there):
-                    exchange_rows(rows, shares, shares, group)
-                _synchronize(self.device)
-                times.append(time.perf_counter() - began)
-            taken = statistics.median(times[1:])
+                    channel.all_to_all(rows, shares, shares)
+            _synchronize(self.device)
+            times.append(time.perf_counter() - began)
+        taken = statistics.median(times[1:])
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, taken, group=self.groups.control)
         return {
@@ -146,7 +152,7 @@ def timed_step(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -
     """Seconds of forward and backward of one batch, of the slowest rank; gradients are cleared, weights untouched."""
     device = next(model.parameters()).device
     model.zero_grad()
-    groups.prepare([batch.plan])
+    groups.prepare([batch.plan], batch.layouts)
     dist.barrier(group=groups.control)
     began = time.perf_counter()
     forward_backward(model, batch, groups)

@@ -14,7 +14,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flexsp.data import Corpus, Overlong, Sequences, apply_context_limit, open_corpus
-from flexsp.parallel import GroupPool, check_degrees, prepare_model, servable_degrees
+from flexsp.parallel import GroupPool, check_degrees, default_layouts, powers_of_two, prepare_model
+from flexsp.parallel.model import make_mesh
+from flexsp.parallel.policies import policies_of
+from flexsp.planner.degrees import usable_degrees
 from flexsp.planner.static import static_degree
 from flexsp.profile import Profile
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
@@ -23,6 +26,9 @@ from flexsp.train.display import Display
 
 log = logging.getLogger(__name__)
 
+ONE_DEGREE = ("static", "batch-adaptive")
+"""Planners that choose no activation policy."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -55,13 +61,14 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         ValueError: transformers cannot build or load it.
     """
     torch.manual_seed(seed)
+    weights = DTYPES[config.weights]
     try:
         if config.path:
-            model = AutoModelForCausalLM.from_pretrained(config.path, dtype=torch.float32, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(config.path, dtype=weights, local_files_only=True)
         else:
             fields = dict(config.config)
             model_type = fields.pop("model_type", "")
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=weights)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         key = f"model.path={config.path!r}" if config.path else f"model.config={config.config!r}"
         raise ValueError(f"{key}: transformers cannot make this model ({error}); correct it") from None
@@ -93,16 +100,20 @@ def prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     """Wires the model to the ranks as the configuration says."""
     return prepare_model(
         model,
+        mesh=make_mesh(config.replicate),
         param_dtype=_param_dtype(config),
+        reduce_dtype=DTYPES[config.reduce_dtype],
         activation_checkpointing=config.activation_checkpointing,
+        loss_chunk_tokens=config.loss_chunk_tokens or None,
         shard_layers=config.shard_layers,
         reshard_after_forward=config.reshard_after_forward,
+        attention=config.attention or None,
         exact=config.exact,
     )
 
 
 def _param_dtype(config: ModelConfig) -> torch.dtype | None:
-    return torch.bfloat16 if config.dtype == "bfloat16" else None
+    return DTYPES[config.dtype] if config.dtype != config.weights else None
 
 
 def build_optimizer(
@@ -138,11 +149,8 @@ def build_profile(config: Config, model: PreTrainedModel, groups: GroupPool, dis
         if profile.num_devices != world_size:
             profile = profile.for_devices(world_size)
             log.info("profile: %s: %s", planner.profile, profile.provenance["assumptions"][-1])
-        check_degrees(profile.sp_degrees, model.config, world_size)
-        if profile.memory.policies:
-            names = ", ".join(profile.memory.policies)
-            log.info("profile: %s: policies %s are left out: micro-batches do not run them yet", planner.profile, names)
-            profile = replace(profile, memory=replace(profile.memory, policies={}))
+        profile = _with_layouts(profile, model)
+        profile = _with_policies(profile, model)
     else:
         profile = _measured_profile(config, model, groups, display)
     return profile
@@ -152,26 +160,59 @@ def check_profile(profile: Profile, config: Config, learned: Path | None = None)
     """Says what a rank holds and which degree the context limit forces. `learned`: where an earlier run saved it.
 
     Raises:
-        ValueError: no degree holds a sequence of the context limit.
+        ValueError: no degree holds a sequence of the context limit, under the policies that the planner can choose.
     """
     artificial = " (artificial: planner.max_tokens_per_rank)" if "max_tokens_per_rank" in profile.provenance else ""
+    policy = policy_for(profile, config.data.max_length) if config.planner.name not in ONE_DEGREE else None
     try:
-        forced = static_degree(profile, config.data.max_length)
+        forced = static_degree(profile, config.data.max_length, policy)
     except ValueError as error:
         remedy = "" if learned is None else f"; or delete {learned}, which an earlier run learned"
         raise ValueError(f"{error}{remedy}") from None
     log.info(
-        "memory: a rank holds %s tokens%s, so the context limit of %s forces sp_degree %d",
-        f"{profile.capacity_tokens(1):,}", artificial, f"{config.data.max_length:,}", forced,
+        "memory: a rank holds %s tokens%s%s, so the context limit of %s forces sp_degree %d",
+        f"{profile.capacity_tokens(1, policy):,}", f" under policy {policy}" if policy else "", artificial,
+        f"{config.data.max_length:,}", forced,
     )  # fmt: skip
+
+
+def policy_for(profile: Profile, max_length: int) -> str | None:
+    """The policy that the context limit needs, the one that holds least where none is enough; None: it needs none."""
+    widest = min(profile.memory.policies, key=profile.activation_bytes_per_token, default=None)
+    holds = any(profile.capacity_tokens(degree) >= max_length for degree in usable_degrees(profile))
+    return None if holds else widest
+
+
+def _with_layouts(profile: Profile, model: PreTrainedModel) -> Profile:
+    """A given profile, with a ring for the degrees that it has no layout for and Ulysses alone cannot serve.
+
+    Raises:
+        ValueError: a layout of the profile does not fit the model's heads.
+    """
+    added = {d: v for d, v in default_layouts(model.config, profile.sp_degrees).items() if d not in profile.layouts}
+    if added:
+        text = ", ".join(f"{d} as {v.ulysses} x {v.ring}" for d, v in added.items())
+        log.info("profile: degrees that do not divide the heads run as ulysses x ring, which it does not say: %s", text)
+        profile = replace(profile, layouts={**profile.layouts, **added})
+    check_degrees(profile.sp_degrees, model.config, dist.get_world_size(), profile.layouts)
+    return profile
+
+
+def _with_policies(profile: Profile, model: PreTrainedModel) -> Profile:
+    """A given profile with those of its policies that the model runs."""
+    policies = policies_of(model)
+    reasons = [reason for name in profile.memory.policies if (reason := policies.refusal(name)) is not None]
+    if not reasons:
+        return profile
+    log.info("profile: policies that the model does not run are left out: %s", "; ".join(reasons))
+    kept = {name: each for name, each in profile.memory.policies.items() if policies.refusal(name) is None}
+    return replace(profile, memory=replace(profile.memory, policies=kept))
 
 
 def _measured_profile(config: Config, model: PreTrainedModel, groups: GroupPool, display: Display) -> Profile:
     planner = config.planner
-    degrees = sorted(planner.sp_degrees) or [
-        d for d in servable_degrees(model.config, dist.get_world_size()) if d & (d - 1) == 0
-    ]
-    check_degrees(degrees, model.config, dist.get_world_size())
+    degrees = sorted(planner.sp_degrees) or powers_of_two(dist.get_world_size())
+    check_degrees(degrees, model.config, dist.get_world_size(), default_layouts(model.config, degrees))
     most = int(planner.max_tokens_per_rank) * degrees[-1]
     if 0 < most < config.data.max_length:  # known before anything is measured
         raise ValueError(
@@ -183,9 +224,13 @@ def _measured_profile(config: Config, model: PreTrainedModel, groups: GroupPool,
         "max_tokens_per_rank": int(planner.max_tokens_per_rank) or None,
         "memory_fraction": planner.memory_fraction,
         "param_dtype": _param_dtype(config.model),
+        "policies": planner.policies,
     }
     measure = partial(measure_profile, model, groups, track=display.tell, **settings)
-    knobs = ("activation_checkpointing", "shard_layers", "reshard_after_forward")
+    knobs = (
+        "weights", "reduce_dtype", "activation_checkpointing", "loss_chunk_tokens", "shard_layers",
+        "reshard_after_forward", "replicate",
+    )  # fmt: skip
     wiring = {key: getattr(config.model, key) for key in knobs}
     saved = profile_path(planner.profile_dir, model, {**settings, **wiring})
     return load_or_measure(saved, measure, groups.control)

@@ -52,7 +52,7 @@ def compare_planners(
         {name: replace(batch, plan=_plan(batch, profile, name, chosen, groups)) for name, chosen in options.items()}
         for batch in batches
     ]
-    groups.prepare([entry.plan for by_planner in planned for entry in by_planner.values()])
+    groups.prepare([entry.plan for by_planner in planned for entry in by_planner.values()], profile.layouts)
     names = list(options)
     for name in names:
         timed_step(model, planned[0][name], groups)

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NewType, get_type_hints
+from typing import Any, NewType, get_args, get_type_hints
 
 from flexsp.lengths import parse_tokens
 
@@ -21,14 +21,25 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """`model_type` and fields of a Hugging Face config; vocab_size must hold the corpus's tokens."""
     dtype: str = "float32"
-    """What is computed in: float32 or bfloat16. Weights and optimizer stay in float32."""
+    """What is computed in: float32 or bfloat16."""
+    weights: str = "float32"
+    """What weights, gradients and optimizer states are kept in: float32 or bfloat16."""
+    reduce_dtype: str = "float32"
+    """What gradients are summed over the ranks in: float32 or bfloat16."""
     activation_checkpointing: bool = False
-    """Recompute each layer in the backward instead of holding its activations."""
+    """Recompute each layer in the backward instead of holding its activations, where a plan names no policy."""
+    loss_chunk_tokens: Tokens = Tokens(0)
+    """The loss is computed for so many tokens at a time; 0: as many as 512 MiB of logits in float32 are."""
     shard_layers: bool = True
     """Gather parameters layer by layer (an FSDP2 unit each); false gathers all at once, faster for a small model."""
     reshard_after_forward: bool = True
     """Free a layer's gathered parameters after its forward and gather them again in the backward (ZeRO-3); false keeps
     them in between, which costs memory and saves a gather."""
+    replicate: int = 1
+    """How many times parameters are held, each time sharded over world_size / replicate consecutive ranks; 1 shards
+    over all."""
+    attention: str = ""
+    """The attention kernel: varlen, flash-attn, flex, sdpa or math; empty: the first that serves."""
     exact: bool = True
     """Refuse dropout, which would make loss and gradients depend on the plan."""
 
@@ -59,7 +70,10 @@ class PlannerConfig:
     """Of a rank's memory that a plan may fill, where there is no artificial limit: the GPU's; on a CPU the process's
     limit (`ulimit -d`) or its share of the machine's."""
     sp_degrees: list[int] = field(default_factory=list)
-    """Degrees that a plan may use; empty: powers of two that divide the model's heads."""
+    """Degrees that a plan may use; empty: powers of two."""
+    policies: list[str] = field(default_factory=list)
+    """Activation policies to measure, among which a plan chooses: selective, full, offload; empty: none. A profile
+    that is given has its own."""
     plan_ahead: int = 4
     """Batches planned ahead."""
     timeout_s: float = 300.0
@@ -99,6 +113,9 @@ class RunConfig:
     """Batches on which the planners are compared at the end; 0: no comparison."""
     save_model: bool = True
     """Save a Hugging Face directory at the end."""
+    transport: str = ""
+    """How groups exchange: `groups`, a communicator for each set of ranks; `peers`, point-to-point on one communicator,
+    for clusters where many communicators take too much memory; empty: by device."""
     timeout_s: float = 600.0
     """After which a collective that does not come about is an error."""
 
@@ -135,11 +152,18 @@ SECTIONS: dict[str, type[Any]] = {
     "run": RunConfig,
 }
 CHOICES = {
+    "model.attention": ("", "varlen", "flash-attn", "flex", "sdpa", "math"),
+    "run.transport": ("", "groups", "peers"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.weights": ("float32", "bfloat16"),
+    "model.reduce_dtype": ("float32", "bfloat16"),
+    "planner.policies": ("selective", "full", "offload"),
     "data.overlong": ("drop", "split", "error"),
     "train.optimizer": ("adamw", "adam", "sgd"),
 }
 LEAST = {
+    "model.loss_chunk_tokens": 0,
+    "model.replicate": 1,
     "data.max_length": 2,
     "planner.max_tokens_per_rank": 0,
     "planner.plan_ahead": 1,
@@ -211,10 +235,14 @@ def _value(value: Any, hint: Any, key: str, where: str) -> Any:
     expected = int if hint is Tokens else getattr(hint, "__origin__", hint)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f"{where}: {key}={value!r} must be of type {expected.__name__}; correct it")
-    if isinstance(value, list) and not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
-        raise ValueError(f"{where}: {key}={value!r} must be a list of integers; correct it")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise ValueError(f"{where}: {key}={value!r} must be one of {', '.join(CHOICES[key])}; correct it")
+    if isinstance(value, list):
+        (inner,) = get_args(hint)
+        if not all(isinstance(item, inner) and not isinstance(item, bool) for item in value):
+            kind = "integers" if inner is int else "names"
+            raise ValueError(f"{where}: {key}={value!r} must be a list of {kind}; correct it")
+    for item in value if isinstance(value, list) else [value]:
+        if key in CHOICES and item not in CHOICES[key]:
+            raise ValueError(f"{where}: {key}={item!r} must be one of {', '.join(CHOICES[key])}; correct it")
     if key in LEAST and value < LEAST[key]:
         raise ValueError(f"{where}: {key}={value} must be at least {LEAST[key]}; correct it")
     if key in MOST and value > MOST[key]:

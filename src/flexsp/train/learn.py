@@ -204,15 +204,21 @@ class Learner:
                 needed = max(needed, (peak - memory.model_state_bytes) / tokens)
         return math.ceil(needed) if needed > memory.activation_bytes_per_token else None
 
-    def with_activation_bytes(self, profile: Profile, activation_bytes_per_token: int) -> Profile:
-        """`profile` with a raised memory estimate."""
-        memory = replace(profile.memory, activation_bytes_per_token=activation_bytes_per_token)
+    def with_activation_bytes(
+        self, profile: Profile, activation_bytes_per_token: int, policy: str | None = None
+    ) -> Profile:
+        """`profile` with a raised memory estimate of a policy, or of none."""
+        if policy is None:
+            memory = replace(profile.memory, activation_bytes_per_token=activation_bytes_per_token)
+        else:
+            raised = replace(profile.memory.policies[policy], activation_bytes_per_token=activation_bytes_per_token)
+            memory = replace(profile.memory, policies={**profile.memory.policies, policy: raised})
         return replace(profile, memory=memory)
 
-    def save_raised(self, activation_bytes_per_token: int) -> Path:
+    def save_raised(self, activation_bytes_per_token: int, policy: str | None = None) -> Path:
         """Saves a raised estimate for the next run, on whichever rank ran out of memory; returns where."""
         path = self._folder / FILE
-        self._named(self.with_activation_bytes(self.profile, activation_bytes_per_token)).save(path)
+        self._named(self.with_activation_bytes(self.profile, activation_bytes_per_token, policy)).save(path)
         return path
 
     def _named(self, profile: Profile) -> Profile:

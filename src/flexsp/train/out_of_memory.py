@@ -36,20 +36,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(words in str(error) for words in SAID)
 
 
-def raised_activation_bytes(profile: Profile, tokens_per_rank: float, progress: float) -> int:
+def raised_activation_bytes(
+    profile: Profile, tokens_per_rank: float, progress: float, policy: str | None = None
+) -> int:
     """Bytes per token for the next run, after a rank that held so many tokens ran out.
 
     The room was `memory_bytes - model_state_bytes`; it was full after `progress` of the forward pass, so the whole pass
-    needs as much more. Never below what makes this many tokens a rank illegal.
+    needs as much more. Never below what makes this many tokens a rank illegal. It is the estimate of the policy under
+    which it ran out.
     """
     memory = profile.memory
     room_bytes = memory.memory_bytes - memory.model_state_bytes
     needed = room_bytes / (tokens_per_rank * max(progress, LEAST_PROGRESS) * HEADROOM)
-    return math.ceil(max(needed, memory.activation_bytes_per_token / HEADROOM))
+    return math.ceil(max(needed, profile.activation_bytes_per_token(policy) / HEADROOM))
 
 
-def describe(batch: PlannedBatch, clock: BusyClock, profile: Profile, num_layers: int) -> tuple[str, int]:
-    """What ran out where, in words, and the bytes per token of the next run's estimate."""
+def describe(batch: PlannedBatch, clock: BusyClock, profile: Profile, num_layers: int) -> tuple[str, int, str | None]:
+    """What ran out where, in words; the bytes per token of the next run's estimate, and of which policy they are."""
     rank, at = dist.get_rank(), clock.micro_batch
     where, progress = f"in micro-batch {at}", min(1.0, (clock.layers_done + 1) / num_layers)
     if at < 0:  # after the last: the fullest micro-batch says most of what memory was there
@@ -60,17 +63,19 @@ def describe(batch: PlannedBatch, clock: BusyClock, profile: Profile, num_layers
     group = next((g for g in micro_batch.groups if rank in g.ranks), None)
     where = f"step {batch.step}: out of memory on rank {rank} {where}"
     if group is None:
-        return f"{where}, idle there", math.ceil(profile.memory.activation_bytes_per_token / HEADROOM)
+        raised = math.ceil(profile.activation_bytes_per_token(micro_batch.policy) / HEADROOM)
+        return f"{where}, idle there", raised, micro_batch.policy
     lengths = sorted((int(batch.lengths[i]) for i in group.sequences), reverse=True)
     tokens = sum(lengths)
-    raised = raised_activation_bytes(profile, tokens / group.sp_degree, progress)
+    raised = raised_activation_bytes(profile, tokens / group.sp_degree, progress, micro_batch.policy)
     predicted = profile.group_bytes(group.sp_degree, tokens, micro_batch.policy)
+    under = f" under policy {micro_batch.policy!r}" if micro_batch.policy else ""
     text = (
-        f"{where}: its group of {_ranks(group)} held {len(lengths)} sequences of {_few(lengths)} tokens, "
+        f"{where}{under}: its group of {_ranks(group)} held {len(lengths)} sequences of {_few(lengths)} tokens, "
         f"{math.ceil(tokens / group.sp_degree):,} a rank, predicted to need {predicted / 2**20:,.0f} of "
         f"{profile.memory.memory_bytes / 2**20:,.0f} MiB"
     )
-    return text, raised
+    return text, raised, micro_batch.policy
 
 
 def _tokens_per_rank(batch: PlannedBatch, micro_batch: MicroBatch, rank: int) -> float:

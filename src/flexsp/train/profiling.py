@@ -13,13 +13,15 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from flexsp.estimate import estimate_profile, load_cluster, model_shape
-from flexsp.parallel import GroupPool, servable_degrees
+from flexsp.parallel import GroupPool, powers_of_two
 from flexsp.profile import Profile
-from flexsp.profiler.layers import measure_layers, needed_bytes, read_model_config
+from flexsp.profiler.layers import measure_layers
 from flexsp.profiler.measure import PROBE_TOKENS, ranks_per_node
 from flexsp.profiler.memory import memory_limit
 from flexsp.profiler.mixed import fill_from_estimate
+from flexsp.profiler.parts import needed_bytes, read_model_config
 from flexsp.profiler.probe import largest_of_all
+from flexsp.train.build import DTYPES
 from flexsp.train.display import Display
 from flexsp.train.ranks import joined_ranks
 
@@ -38,6 +40,8 @@ class ProfileRequest:
     dtype: str | None
     sp_degrees: list[int]
     probe_tokens: int | None
+    weights: str
+    policies: list[str]
     activation_checkpointing: bool
     shard_layers: bool
     memory_fraction: float
@@ -69,9 +73,14 @@ def profile_model(request: ProfileRequest) -> int:
         world_size = dist.get_world_size()
         dtype = request.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         shape = model_shape(config.to_dict())
-        degrees = request.sp_degrees or [d for d in servable_degrees(config, world_size) if d & (d - 1) == 0]
-        itemsize = 2 if dtype == "bfloat16" else 4
-        tokens = _probe_tokens(request, lambda n: needed_bytes(shape, n, itemsize), device, groups)
+        degrees = request.sp_degrees or powers_of_two(world_size)
+        weights_dtype, param_dtype = DTYPES[request.weights], DTYPES[dtype]
+        tokens = _probe_tokens(
+            request,
+            lambda n: needed_bytes(shape, n, param_dtype.itemsize, weights_dtype.itemsize),
+            device,
+            groups,
+        )
         log.info(
             "profile: %s, %s parameters, %d layers, on %d ranks (%s), in %s",
             config.model_type, f"{shape.num_parameters:,}", shape.num_layers, world_size, dist.get_backend(), dtype,
@@ -94,11 +103,13 @@ def profile_model(request: ProfileRequest) -> int:
             probe_tokens=tokens,
             device=device,
             memory_fraction=request.memory_fraction,
-            param_dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+            param_dtype=param_dtype if param_dtype != weights_dtype else None,
+            weights_dtype=weights_dtype,
             activation_checkpointing=request.activation_checkpointing,
             shard_layers=request.shard_layers,
             sharded_over=None if estimate is None else estimate.num_devices,
             max_tokens_per_rank=request.max_tokens_per_rank,
+            policies=request.policies,
             track=display.tell,
         )
         if estimate is not None:

@@ -65,7 +65,8 @@ def train(config: Config, display: Display) -> None:
     """
     transformers_logging.disable_progress_bar()
     find_planner(config.planner.name)  # a wrong name is an error before anything slow
-    groups = GroupPool(timeout=datetime.timedelta(seconds=config.run.timeout_s))
+    timeout = datetime.timedelta(seconds=config.run.timeout_s)
+    groups = GroupPool(timeout=timeout, transport=config.run.transport or None)
     start = from_first_rank(lambda: find_start(config), groups)
     first_step = 0 if start is None else start.steps
     replay = from_first_rank(lambda: read_plan_log(config.planner.replay) if config.planner.replay else {}, groups)
@@ -91,6 +92,9 @@ def train(config: Config, display: Display) -> None:
         if not _train_steps(config, model, loader, groups, learner, start, display):
             return
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
+    if compared and build.policy_for(learner.profile, config.data.max_length):
+        log.info("comparison: left out: one degree for all holds the context limit under no policy, and chooses none")
+        compared = []
     if compared:
         report = compare_planners(model, compared, learner.profile, groups, config.data.max_length, display)
         if dist.get_rank() == 0:
@@ -147,6 +151,7 @@ def _train_steps(
         first_step = start.steps
         log.info("checkpoint: going on after step %d of %d, from %s", first_step, config.train.steps, start.path)
     mixed, steps = 0, config.train.steps
+    kernels: frozenset[str] = frozenset()
     with StopSignal() as stop, Records(Path(config.run.dir), append=start is not None) as records:
         for batch, line in display.track(loader, steps, "training", first_step):
             learner.watch()
@@ -156,6 +161,9 @@ def _train_steps(
                 if not is_out_of_memory(error):
                     raise
                 raise _out_of_memory(model, batch, learner) from None
+            if more := result.kernels - kernels:
+                kernels |= more
+                log.info("attention: computed by %s", ", ".join(sorted(more)))
             schedule.step()
             capacity_tokens = learner.profile.capacity_tokens(1)
             profile, learned = learner.learn(batch, result)
@@ -176,9 +184,8 @@ def _train_steps(
                 return False
         checkpoints.finish()
     log.info(
-        "training: %d of %d steps mixed degrees in a micro-batch; %d process groups were made",
-        mixed, steps - first_step, groups.num_groups,
-    )  # fmt: skip
+        "training: %d of %d steps mixed degrees in a micro-batch; %s", mixed, steps - first_step, groups.describe()
+    )
     if learner.most_bytes:
         log.info("training: a rank held %.2f GiB at the most", learner.most_bytes / 2**30)
     return True
@@ -191,8 +198,9 @@ def _out_of_memory(model: PreTrainedModel, batch: PlannedBatch, learner: Learner
     """
     if not announce_failure():
         return RuntimeError("another rank has failed already")
-    said, raised = describe(batch, clock_of(model), learner.profile, model.config.get_text_config().num_hidden_layers)
-    path = learner.save_raised(raised)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    said, raised, policy = describe(batch, clock_of(model), learner.profile, num_layers)
+    path = learner.save_raised(raised, policy)
     return OutOfMemoryError(
         f"{said}; the estimate is raised to {raised:,} bytes a token and saved in {path}: start the same command again "
         f"to plan within it"

@@ -1,0 +1,79 @@
+"""How each degree splits into heads x context: every split that serves it is timed, and the fastest is kept."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flexsp.parallel import layouts_of
+from flexsp.profile import Layout
+from flexsp.profiler.points import Point
+from flexsp.profiler.probe import Probe, Track
+
+ROWS = (1, 4)
+"""A full row in so many sequences: high degrees are for long ones."""
+ROUNDS = 3
+"""Of all splits in turn, so that what else the machine does falls on all of them alike."""
+WORTH = 0.03
+"""Of its seconds that a split with less Ulysses must save: below that it is noise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splits:
+    """What was chosen, and why."""
+
+    layouts: Mapping[int, Layout]
+    """Of the degrees that are not Ulysses alone."""
+    seconds: Mapping[int, Mapping[str, float]]
+    """By degree and split, "2x4" being ulysses x ring: the two rows together; empty where there was no choice."""
+
+
+def measured_splits(probe: Probe, tokens: int, degrees: Sequence[int], track: Track) -> Splits:
+    """Times every split of every degree. A collective; the same answer on all ranks.
+
+    Args:
+        probe: the model on its ranks; its layouts are left as they were.
+        tokens: of a rank.
+        degrees: to decide about.
+        track: shows progress.
+    """
+    before = probe.layouts
+    layouts, seconds = {}, {}
+    for degree, say in track([d for d in degrees if d > 1], "choosing how degrees split"):
+        candidates = layouts_of(probe.model.config, degree)
+        taken: dict[str, float] = {}
+        if len(candidates) > 1:
+            taken = {name_of(each): each_s for each, each_s in _timed(probe, tokens, degree, candidates)}
+            seconds[degree] = taken
+        chosen = fastest(candidates, taken)
+        if chosen.ring > 1:
+            layouts[degree] = chosen
+        said = ", ".join(f"{name} {each_s:.4f} s" for name, each_s in taken.items())
+        say(f"sp_degree {degree}: ulysses x ring {name_of(chosen)}{f' of {said}' if said else ''}")
+    probe.layouts = before
+    return Splits(layouts=layouts, seconds=seconds)
+
+
+def fastest(candidates: Sequence[Layout], seconds: Mapping[str, float]) -> Layout:
+    """The split to use: of those within `WORTH` of the fastest, the one with the most Ulysses."""
+    if not seconds:
+        return candidates[0]
+    limit_s = min(seconds.values()) / (1.0 - WORTH)
+    return next(each for each in candidates if seconds[name_of(each)] <= limit_s)
+
+
+def name_of(layout: Layout) -> str:
+    """ "2x4": ulysses x ring."""
+    return f"{layout.ulysses}x{layout.ring}"
+
+
+def _timed(probe: Probe, tokens: int, degree: int, candidates: Sequence[Layout]) -> list[tuple[Layout, float]]:
+    row = tokens * degree
+    points = [Point(degree, (max(1, row // count),) * count) for count in ROWS]
+    rounds: list[list[float]] = [[] for _ in candidates]
+    for _ in range(ROUNDS):
+        for layout, taken in zip(candidates, rounds, strict=True):
+            probe.layouts = {**probe.layouts, degree: layout}
+            taken.append(sum(probe.once(point.layouts(probe.world_size)) for point in points))
+    return [(layout, statistics.median(taken)) for layout, taken in zip(candidates, rounds, strict=True)]
