@@ -41,7 +41,7 @@ def test_a_model_is_measured_by_few_of_its_layers_and_the_rest_of_a_cluster_esti
     assert "saved as profile.json" in done.stdout.splitlines()[-1]
     profile = Profile.load(tmp_path / "profile.json")
     provenance = profile.provenance
-    assert (profile.num_devices, profile.sp_degrees) == (8, (1, 2, 4))
+    assert (profile.num_devices, profile.sp_degrees) == (8, (1, 2, 4, 8))
     assert provenance["source"] == "mixed"
     assert provenance["fields"]["compute.linear_s"] == "measured"
     assert provenance["fields"]["all_to_all.bandwidth_bytes_per_s.2"] == "measured"

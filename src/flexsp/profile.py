@@ -202,6 +202,11 @@ class Profile:
         room_bytes = self.memory.memory_bytes - self.memory.model_state_bytes
         return int(room_bytes * degree // self.activation_bytes_per_token(policy))
 
+    def degree_text(self, degree: int) -> str:
+        """A degree for people: "8", or "64 (32x2)", ulysses x ring, where it is not Ulysses alone."""
+        layout = self.layouts.get(degree)
+        return str(degree) if layout is None or layout.ring == 1 else f"{degree} ({layout.ulysses}x{layout.ring})"
+
     # ---- other clusters
 
     def for_devices(self, num_devices: int) -> Profile:

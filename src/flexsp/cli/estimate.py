@@ -23,9 +23,7 @@ def add_to(commands: Any) -> None:
         "--cluster", required=True, metavar="CLUSTER", help=f"{', '.join(cluster_names())}, or a .toml file"
     )
     parser.add_argument("--num-devices", type=int, metavar="N", help="devices (default: as the cluster file says)")
-    parser.add_argument(
-        "--sp-degrees", metavar="1,2,4", help="degrees of plans (default: the powers of two that divide the heads)"
-    )
+    parser.add_argument("--sp-degrees", metavar="1,2,4", help="degrees of plans (default: powers of two)")
     parser.add_argument(
         "--dtype", default="bfloat16", metavar="DTYPE", help="bfloat16 or float32, what the model computes in"
     )
@@ -107,7 +105,7 @@ def _show_by_degree(profile: Profile, console: Console) -> None:
     for degree in profile.sp_degrees:
         bandwidth = profile.all_to_all.bandwidth_bytes_per_s.get(degree)
         table.add_row(
-            str(degree),
+            profile.degree_text(degree),
             "" if bandwidth is None else f"{bandwidth / 1e9:.3g}",
             "" if bandwidth is None else f"{profile.latency_s(degree) * 1e3:.2g}",
             f"{profile.capacity_tokens(degree):,}",
@@ -115,6 +113,8 @@ def _show_by_degree(profile: Profile, console: Console) -> None:
     console.print(table)
     _say(console, f"bandwidth: {fields['all_to_all.bandwidth_bytes_per_s']}")
     _say(console, f"latency: {fields['all_to_all.latency_s']}")
+    if profile.layouts:
+        _say(console, f"(ulysses x ring): {fields['layouts']}")
 
 
 def _show_memory(profile: Profile, console: Console) -> None:

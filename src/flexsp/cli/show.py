@@ -83,7 +83,7 @@ def _show_crossovers(profile: Profile, lengths: Sequence[int], console: Console)
             exceeded = exceeded or (beyond and not lowest)
             costs = [cost(profile, found.sp_degree, tokens, policy) for tokens in shown]
             table.add_row(
-                str(found.sp_degree),
+                profile.degree_text(found.sp_degree),
                 f"{found.capacity_tokens:,}",
                 "" if lowest else f"({first:,})" if beyond else _from(first),
                 "" if lowest else _from(found.needed_from_tokens),
@@ -95,6 +95,8 @@ def _show_crossovers(profile: Profile, lengths: Sequence[int], console: Console)
         _say(console, "  (n): longer than the degree holds")
     _say(console, "needed by memory from: tokens from which on no lower degree has the memory")
     _say(console, "exchange: its share of the group's time; -: does not fit")
+    if any(layout.ring > 1 for layout in profile.layouts.values()):
+        _say(console, "degree (ulysses x ring): how it splits where it is not Ulysses alone")
 
 
 def _show_costs(profile: Profile, lengths: Sequence[int], console: Console) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flexsp
-from flexsp.estimate import memory, seconds
+from flexsp.estimate import memory, seconds, splits
 from flexsp.estimate.cluster import DTYPES, Cluster
 from flexsp.estimate.shape import ModelShape
 from flexsp.profile import AllToAll, Compute, Memory, Profile
@@ -33,7 +33,8 @@ def estimate_profile(
         shape: the model.
         cluster: what the devices and links are.
         num_devices: how many devices; by default as many as the cluster file says.
-        sp_degrees: the degrees of plans; by default the powers of two that divide the heads.
+        sp_degrees: the degrees of plans; by default the powers of two. Any degree will do: what the heads do not
+            divide, or what is sooner so, splits into heads x context, and `layouts` of the profile says how.
         dtype: what the model computes in.
         memory_fraction: of a device's memory that a plan may fill.
         zero_stage: what is sharded over all devices; 3 is what the executor does.
@@ -53,9 +54,13 @@ def estimate_profile(
     if dtype == "float32":
         reduce_dtype = "float32"  # gradients are computed in no less
     cluster = cluster.with_devices(cluster.num_devices if num_devices is None else num_devices)
-    degrees = _degrees(shape, cluster.num_devices, sp_degrees)
+    degrees = _degrees(cluster.num_devices, sp_degrees)
     per_micro_batch_s, per_step_s = seconds.parameter_traffic_s(shape, cluster, dtype, zero_stage, reduce_dtype)
-    per_token = shape.activation_bytes_per_token("none", DTYPES[dtype])
+    room = _memory(shape, cluster, dtype, zero_stage, memory_fraction)
+    rank_tokens = (room.memory_bytes - room.model_state_bytes) / room.activation_bytes_per_token
+    tried = {d: splits.splits_of(shape, cluster, d, dtype, rank_tokens) for d in degrees if d > 1}
+    chosen = {d: splits.soonest(each) for d, each in tried.items()}
+    provenance = _provenance(shape, cluster, dtype, memory_fraction, zero_stage, reduce_dtype, date)
     return Profile(
         name=f"{shape.name} on {cluster.num_devices} x {cluster.device}",
         num_devices=cluster.num_devices,
@@ -68,35 +73,36 @@ def estimate_profile(
         ),
         all_to_all=AllToAll(
             bytes_per_token=shape.exchange_bytes_per_token(DTYPES[dtype]),
-            bandwidth_bytes_per_s={
-                d: seconds.exchange_bytes_per_s(cluster, d) / seconds.kv_repetition(shape, d) for d in degrees if d > 1
-            },
-            latency_s={d: seconds.exchange_latency_s(shape, cluster, d) for d in degrees if d > 1},
+            bandwidth_bytes_per_s={d: split.bandwidth_bytes_per_s for d, split in chosen.items()},
+            latency_s={d: split.latency_s for d, split in chosen.items()},
         ),
-        memory=Memory(
-            memory_bytes=math.floor(cluster.memory_bytes * memory_fraction),
-            model_state_bytes=_model_state_bytes(shape, cluster, dtype, zero_stage, memory_fraction, per_token),
-            activation_bytes_per_token=per_token,
-            policies=memory.policies(shape, cluster, dtype),
-        ),
+        memory=room,
+        layouts={d: split.layout for d, split in chosen.items() if split.layout.ring > 1},
         optimizer_s=seconds.optimizer_s(shape, cluster, per_step_s),
-        provenance=_provenance(shape, cluster, dtype, memory_fraction, zero_stage, reduce_dtype, date),
+        provenance=splits.explained(provenance, tried, chosen),
     )
 
 
-def _degrees(shape: ModelShape, num_devices: int, sp_degrees: Sequence[int] | None) -> tuple[int, ...]:
-    """The degrees of plans, which must divide the heads: that is what Ulysses serves."""
+def _degrees(num_devices: int, sp_degrees: Sequence[int] | None) -> tuple[int, ...]:
+    """The degrees of plans: any that the devices can form."""
     if sp_degrees is None:
-        powers = (2**i for i in range(num_devices.bit_length()))
-        return tuple(d for d in powers if d <= num_devices and shape.num_heads % d == 0)
+        return tuple(1 << power for power in range(num_devices.bit_length()))
     for degree in sp_degrees:
-        if degree < 1 or degree > num_devices or shape.num_heads % degree:
-            works = [d for d in range(1, num_devices + 1) if shape.num_heads % d == 0]
+        if not 1 <= degree <= num_devices:
             raise ValueError(
-                f"sp_degree={degree} must divide num_attention_heads={shape.num_heads} and be at most "
-                f"num_devices={num_devices}; degrees that work: {works}"
+                f"sp_degree={degree} must be between 1 and num_devices={num_devices}; use another or more devices"
             )
     return tuple(sorted(set(sp_degrees)))
+
+
+def _memory(shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float) -> Memory:
+    per_token = shape.activation_bytes_per_token("none", DTYPES[dtype])
+    return Memory(
+        memory_bytes=math.floor(cluster.memory_bytes * memory_fraction),
+        model_state_bytes=_model_state_bytes(shape, cluster, dtype, zero_stage, memory_fraction, per_token),
+        activation_bytes_per_token=per_token,
+        policies=memory.policies(shape, cluster, dtype),
+    )
 
 
 def _model_state_bytes(

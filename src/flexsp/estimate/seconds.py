@@ -1,11 +1,13 @@
 """The seconds of a profile, each from a model's shape and a cluster's figures.
 
-Letters: d = sp_degree, g = devices per node, n = nodes, P = parameters, N = heads, K = KV heads.
+Letters: d = sp_degree, g = devices per node, n = nodes, P = parameters, N = heads, K = KV heads. Ulysses trades among
+`ulysses` consecutive ranks of a group, all of them unless it has a ring; `splits` has the ring's part.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from flexsp.estimate.cluster import DTYPES, Cluster
 from flexsp.estimate.shape import FP32_BYTES, ModelShape
@@ -67,31 +69,45 @@ def optimizer_s(shape: ModelShape, cluster: Cluster, per_step_s: float) -> float
     return moved_bytes / cluster.memory_bytes_per_s + per_step_s
 
 
-def kv_repetition(shape: ModelShape, degree: int) -> float:
-    """What an exchange carries over what `exchange_bytes_per_token` counts: KV heads are repeated up to lcm(K, d)."""
-    repeated = math.lcm(shape.num_kv_heads, degree)
+def kv_repetition(shape: ModelShape, ulysses: int) -> float:
+    """What an exchange carries over what `exchange_bytes_per_token` counts: KV heads are repeated to lcm(K, ranks)."""
+    repeated = math.lcm(shape.num_kv_heads, ulysses)
     return (shape.num_heads + repeated) / (shape.num_heads + shape.num_kv_heads)
 
 
-def exchange_bytes_per_s(cluster: Cluster, degree: int) -> float:
-    """Bandwidth of Ulysses' exchange at a degree, per device, of all bytes that the device holds.
+def exchange_bytes_per_s(cluster: Cluster, ulysses: int, ring: int = 1) -> float:
+    """Bandwidth of Ulysses' exchange in a group of `ulysses x ring` ranks, per device, of all bytes that it holds.
 
     Per byte, the sum of: the part for the other devices of its node over the links, the part for other nodes over the
-    network cards, and the copies that pack and unpack it.
+    network cards, and the copies that pack and unpack it. It is that of the slowest device, where the ranks that trade
+    do not fill their nodes.
     """
-    if degree < 2:
-        raise ValueError(f"degree={degree} exchanges nothing; ask for 2 or more")
-    inside = min(degree, cluster.devices_per_node)
+    if ulysses < 2:
+        raise ValueError(f"ulysses={ulysses} exchanges nothing; ask for 2 or more")
+    inside = {count for nodes in _nodes_of_ulysses(cluster, ulysses, ring) for count in nodes.values()}
+    return 1 / max(_exchange_s_per_byte(cluster, ulysses, count) for count in inside)
+
+
+def _exchange_s_per_byte(cluster: Cluster, ulysses: int, inside: int) -> float:
+    """Seconds of a device that has `inside` of the ranks that trade, itself one of them, in its node."""
     s_per_byte = cluster.exchange_copies / cluster.memory_bytes_per_s
     if inside > 1:
         links = cluster.links_bytes_per_s(inside) * cluster.exchange_link_efficiency
-        s_per_byte += (inside - 1) / degree / links
-    s_per_byte += (degree - inside) / degree / (cluster.nic_bytes_per_s * cluster.exchange_nic_efficiency)
-    return 1 / s_per_byte
+        s_per_byte += (inside - 1) / ulysses / links
+    s_per_byte += (ulysses - inside) / ulysses / (cluster.nic_bytes_per_s * cluster.exchange_nic_efficiency)
+    return s_per_byte
 
 
-def exchange_latency_s(shape: ModelShape, cluster: Cluster, degree: int) -> float:
-    """Seconds that the exchanges of a micro-batch take beside their bytes."""
-    other_nodes = math.ceil(degree / cluster.devices_per_node) - 1
+def exchange_latency_s(shape: ModelShape, cluster: Cluster, ulysses: int, ring: int = 1) -> float:
+    """Seconds that the all-to-alls of a micro-batch take beside their bytes."""
+    other_nodes = max(len(nodes) for nodes in _nodes_of_ulysses(cluster, ulysses, ring)) - 1
     once = cluster.exchange_launch_s + other_nodes * cluster.exchange_node_s
     return EXCHANGES_PER_LAYER * shape.num_layers * once
+
+
+def _nodes_of_ulysses(cluster: Cluster, ulysses: int, ring: int) -> list[Counter[int]]:
+    """How many ranks of each node trade with one another, for every ring rank of a group that starts at a node."""
+    return [
+        Counter(rank // cluster.devices_per_node for rank in range(first, first + ulysses))
+        for first in range(0, ulysses * ring, ulysses)
+    ]

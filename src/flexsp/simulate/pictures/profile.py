@@ -61,7 +61,7 @@ def draw(profile: Profile) -> Figure:
     colours = drawing.degree_colours(profile.sp_degrees)
     for index, found in enumerate(plain):
         style = _style(index, colours[found.sp_degree])
-        degrees.append(Line2D([], [], label=str(found.sp_degree), **style))
+        degrees.append(Line2D([], [], label=profile.degree_text(found.sp_degree), **style))
         held = _costs(profile, found.sp_degree, lengths, None)
         beyond = [c for c in _costs(profile, found.sp_degree, lengths, widest) if c.tokens > found.capacity_tokens]
         for axes, value in zip(panels, ("token_s", "exchange_share"), strict=True):
