@@ -109,7 +109,8 @@ def test_a_start_that_cannot_go_on_says_what_differs(saved, tmp_path, section, c
 
 
 def test_what_does_not_decide_the_weights_may_change(saved, tmp_path):
-    for section, changes in (("planner", {"name": "static"}), ("run", {"compare_batches": 3})):
+    others = (("planner", {"name": "static"}), ("run", {"compare_batches": 3}), ("model", {"replicate": 2}))
+    for section, changes in others:
         assert find_start(config_with(tmp_path, section, **changes)).steps == 1
 
 

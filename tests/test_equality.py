@@ -143,3 +143,18 @@ def test_tied_embeddings_equal_one_device(ranks):
 def test_rope_that_reads_no_local_position_equals_one_device(ranks):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     ranks(4).run(check_equal, small_config(rope_parameters=rope), torch.float64, [(*MIXED, 0.0)])
+
+
+@pytest.mark.parametrize("layouts", [{}, ring((2, 2), (1, 2))], ids=["Ulysses", "heads x context"])
+def test_another_kernel_than_the_default_equals_one_device(ranks, layouts):
+    ranks(4).run(check_equal, small_config(), torch.float64, [(*MIXED, 0.0)], {"attention": "math"}, layouts)
+
+
+def a_kernel_that_cannot_serve_is_named() -> None:
+    config = small_config()
+    with pytest.raises(ValueError, match=r"kernel='varlen' cannot serve: it runs on CUDA"):
+        check_equal(config, torch.float64, [([5, 3], plan(2, [([0, 1], [0, 1])]), 0.0)], {"attention": "varlen"})
+
+
+def test_a_kernel_that_cannot_serve_is_an_error_on_all_ranks(broken_ranks):
+    broken_ranks(2).run(a_kernel_that_cannot_serve_is_named)

@@ -153,7 +153,7 @@ def learned_on_ranks(folder: str, peaks: list[int]) -> tuple[Profile | None, dic
     # the first rank works alone in the first micro-batch; both share the second
     busy = [[0.3, 0.5], [0.0, 0.4]][dist.get_rank()]
     times = tuple(MicroBatchTime(elapsed_s=1.0, busy_s=b) for b in busy)
-    new, metrics = learner.learn(batch, StepResult(loss=1.0, num_labels=1, times=times))
+    new, metrics = learner.learn(batch, StepResult(loss=1.0, num_labels=1, times=times, kernels=frozenset()))
     assert learner.profile == (new or base)
     return new, metrics
 
@@ -184,7 +184,7 @@ def learned_when_hardly_filled(folder: str) -> Profile | None:
     learner._meter = Peaks(50_000)
     learner.computed()
     times = (MicroBatchTime(elapsed_s=1.0, busy_s=0.5),) * 2
-    return learner.learn(two_groups(), StepResult(loss=1.0, num_labels=1, times=times))[0]
+    return learner.learn(two_groups(), StepResult(loss=1.0, num_labels=1, times=times, kernels=frozenset()))[0]
 
 
 def test_a_rank_that_was_hardly_filled_says_nothing_of_a_tokens_bytes(ranks, tmp_path):

@@ -72,7 +72,7 @@ def prepare_model(
 def make_mesh(replicate: int = 1) -> DeviceMesh:
     """All ranks, for FSDP2: parameters are sharded over `world_size / replicate` ranks, and held `replicate` times.
 
-    Copies are next to one another only in number: ranks that share one set of parameters are consecutive.
+    Ranks that share one set of parameters are consecutive: the first `world_size / replicate` hold the first one.
 
     Raises:
         ValueError: `replicate` does not divide the number of ranks.

@@ -49,8 +49,8 @@ def measured_splits(probe: Probe, tokens: int, degrees: Sequence[int], track: Tr
         chosen = fastest(candidates, taken)
         if chosen.ring > 1:
             layouts[degree] = chosen
-        said = ", ".join(f"{name} {each_s:.4f} s" for name, each_s in taken.items())
-        say(f"sp_degree {degree}: ulysses x ring {name_of(chosen)}{f' of {said}' if said else ''}")
+        said = "".join(f", {name} {each_s:.4f} s" for name, each_s in taken.items())
+        say(f"sp_degree {degree} runs as ulysses x ring = {name_of(chosen)}{said}")
     probe.layouts = before
     return Splits(layouts=layouts, seconds=seconds)
 

@@ -242,7 +242,8 @@ def _value(value: Any, hint: Any, key: str, where: str) -> Any:
             raise ValueError(f"{where}: {key}={value!r} must be a list of {kind}; correct it")
     for item in value if isinstance(value, list) else [value]:
         if key in CHOICES and item not in CHOICES[key]:
-            raise ValueError(f"{where}: {key}={item!r} must be one of {', '.join(CHOICES[key])}; correct it")
+            choices = ", ".join(choice or "''" for choice in CHOICES[key])
+            raise ValueError(f"{where}: {key}={item!r} must be one of {choices}; correct it")
     if key in LEAST and value < LEAST[key]:
         raise ValueError(f"{where}: {key}={value} must be at least {LEAST[key]}; correct it")
     if key in MOST and value > MOST[key]:

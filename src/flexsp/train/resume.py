@@ -14,6 +14,15 @@ from flexsp.train.config import Config
 
 DECIDES_WEIGHTS = ("model", "data", "train")
 """Sections that must be the same when a run goes on; plans, folders and times may differ."""
+PLACES = (
+    "model.activation_checkpointing",
+    "model.attention",
+    "model.loss_chunk_tokens",
+    "model.replicate",
+    "model.reshard_after_forward",
+    "model.shard_layers",
+)
+"""Keys of those sections that say where the model lies, not what it is: other ranks may need others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +90,8 @@ def _read(path: Path, config: Config, sections: tuple[str, ...]) -> Start:
     for section in sections:
         before = {**usual[section], **jf.as_object(saved.get(section, {}), f"{where}: config.{section}")}
         for key, was, is_now in _differences(before, now[section], section):
+            if key in PLACES:
+                continue
             raise ValueError(
                 f"{key}={is_now!r} is not {was!r}, with which {path} was made; restore it, or give another run.dir"
             )

@@ -1,7 +1,7 @@
 """The attention kernels that serve on this machine, side by side: forward and backward, by length and kind.
 
-    python benchmarks/kernels.py                     results/kernels_cuda.json on a GPU, else kernels_cpu.json
-    python benchmarks/kernels.py --dtype bfloat16    in another precision
+    python benchmarks/attention_kernels.py                     results/kernels_cuda.json on a GPU, else kernels_cpu.json
+    python benchmarks/attention_kernels.py --dtype bfloat16    in another precision
 
 Kernels take turns, and the median of the turns counts. FLOPs are of the pairs that are seen alone: two matrix
 products forward and five backward, each 2 * heads * head_dim per pair. They are set against the rate of a large matrix
