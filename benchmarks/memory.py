@@ -116,16 +116,15 @@ def policy_rows(config: PreTrainedConfig, tokens: int, device: torch.device, gro
         under.run(tokens)
         half, whole = (peak_bytes(partial(under.run, size), device) for size in (tokens // 2, tokens))
         per_token = (whole - half) / (tokens - tokens // 2)
-        logits_bytes = shape.logits_bytes_per_token(itemsize)
         row: dict[str, Any] = {
             "policy": policy,
             "bytes_per_token": round(per_token),
-            "estimated_bytes_per_token": shape.activation_bytes_per_token(policy, itemsize) - logits_bytes,
+            "estimated_bytes_per_token": shape.activation_bytes_per_token(policy, itemsize),
             "tokens_held": int(ROOM_BYTES / per_token),
         }
         for count in ROWS:
             point = Point(1, (tokens // count,) * count)
-            batches = [each.batch(point.layouts(probe.world_size)) for each in (ProbeUnder(probe, "none"), under)]
+            batches = [each.batch(point.mixes(probe.world_size)) for each in (ProbeUnder(probe, "none"), under)]
             none_s, own_s = in_turns([partial(timed_step, probe.model, batch, groups) for batch in batches])
             row |= {f"seconds_of_{count}": min(own_s), f"over_none_of_{count}": ratio(own_s, none_s)}
         found.append(row)
@@ -137,8 +136,8 @@ def loss_rows(
 ) -> list[dict[str, Any]]:
     """By chunk: peak bytes, those of few tokens beside, and seconds of a row through one layer, head and loss."""
     probes = [probe_of(config, 1, vocabulary, -(-tokens // count), tokens, device, groups) for count in CHUNKS]
-    batch: PlannedBatch = probes[0].batch(Point(1, (tokens // 16,) * 16).layouts(1))
-    few: PlannedBatch = probes[0].batch(Point(1, (1,) * 16).layouts(1))
+    batch: PlannedBatch = probes[0].batch(Point(1, (tokens // 16,) * 16).mixes(1))
+    few: PlannedBatch = probes[0].batch(Point(1, (1,) * 16).mixes(1))
     for probe in probes:
         timed_step(probe.model, batch, groups)
     peaks = [peak_bytes(partial(timed_step, probe.model, batch, groups), device) for probe in probes]

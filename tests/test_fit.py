@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flexsp.profiler.fit import TABLE_AT, Fit, robust_nonnegative
-from flexsp.profiler.points import Part, Point, batch_of, fit_points, held_out_layouts
+from flexsp.profiler.points import Part, Point, batch_of, fit_points, held_out_mixes
 from flexsp.profiler.probe import Reading
 
 WHOLE = Part(layers=6, head=1.0, whole=True)
@@ -120,16 +120,16 @@ def test_rows_that_two_terms_miss_become_tables():
 )
 def test_points_and_held_out_rows_fit_the_ranks_and_their_memory(tokens, world_size, seed, least):
     degrees = [d for d in (1, 2, 4, 8) if least <= d <= world_size]
-    layouts = [layout for p in fit_points(tokens, degrees) for layout in p.layouts(world_size)]
+    mixes = [mix for p in fit_points(tokens, degrees) for mix in p.mixes(world_size)]
     assume(degrees)
-    layouts += held_out_layouts(tokens, degrees, world_size, 3, seed)
-    for layout in layouts:
-        assert sum(degree for degree, _ in layout) <= world_size
-        assert all(0 < sum(lengths) <= tokens * degree for degree, lengths in layout)
-        assert all(length >= 1 for _, lengths in layout for length in lengths)
-    batch = batch_of(layouts, world_size, vocab_size=7, splits={})
-    for layout, micro_batch in zip(layouts, batch.plan.micro_batches, strict=True):
+    mixes += held_out_mixes(tokens, degrees, world_size, 3, seed)
+    for mix in mixes:
+        assert sum(degree for degree, _ in mix) <= world_size
+        assert all(0 < sum(lengths) <= tokens * degree for degree, lengths in mix)
+        assert all(length >= 1 for _, lengths in mix for length in lengths)
+    batch = batch_of(mixes, world_size, vocab_size=7, layouts={})
+    for mix, micro_batch in zip(mixes, batch.plan.micro_batches, strict=True):
         starts = [group.ranks[0] for group in micro_batch.groups]
         assert all(s % group.sp_degree == 0 for s, group in zip(starts, micro_batch.groups, strict=True))
         held = [tuple(batch.lengths[list(group.sequences)].tolist()) for group in micro_batch.groups]
-        assert held == [tuple(lengths) for _, lengths in layout]
+        assert held == [tuple(lengths) for _, lengths in mix]

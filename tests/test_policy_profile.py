@@ -67,7 +67,7 @@ def test_parts_come_to_the_whole_by_difference():
         {"full": reading(26.0, (1.0, 1.4)), "offload": reading(60.0, (1.0, 1.2))},
         {"full": reading(40.0), "offload": reading(65.0)},
     ]
-    found = policies_by_parts(parts, whole, lambda layout: 12.0)
+    found = policies_by_parts(parts, whole, lambda mix: 12.0)
     assert found["full"].activation_bytes_per_token == 30 + 8 * 2 + 14
     assert found["full"].compute_factor == pytest.approx(1 + 11 * 0.4 / 12, abs=1e-4)
     assert found["offload"].activation_bytes_per_token == 95  # no more for more layers; and the head

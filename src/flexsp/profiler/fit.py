@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from flexsp.profile import FloatArray, Table
-from flexsp.profiler.points import Layout, Part
+from flexsp.profiler.points import Mix, Part
 from flexsp.profiler.probe import Reading
 
 ROUNDS = 20
@@ -50,9 +50,9 @@ class Coefficients:
         work_s = self.quadratic_s * sum(s * s for s in lengths) + self.linear_s * tokens
         return work_s / degree + self.exchange_s.get(degree, 0.0) * tokens + self.latency_s.get(degree, 0.0)
 
-    def layout_s(self, layout: Layout) -> float:
+    def mix_s(self, mix: Mix) -> float:
         """Seconds of one micro-batch."""
-        return self.fixed_s + max(self.group_s(degree, lengths) for degree, lengths in layout)
+        return self.fixed_s + max(self.group_s(degree, lengths) for degree, lengths in mix)
 
 
 def robust_nonnegative(features: FloatArray, seconds: FloatArray, weights: FloatArray | None = None) -> FloatArray:

@@ -39,7 +39,7 @@ from flexsp.profiler.measure import (
 )
 from flexsp.profiler.memory import OPTIMIZER_COPIES, PeakFit, shard_bytes
 from flexsp.profiler.parts import HEAD_TOKENS, SMALL_VOCABULARY, build_part, parts_of
-from flexsp.profiler.points import SHARES, Layout, Part, Point, fit_points, held_out_layouts
+from flexsp.profiler.points import SHARES, Mix, Part, Point, fit_points, held_out_mixes
 from flexsp.profiler.policies import PolicyReading, measurable, policies_by_parts, read_policies
 from flexsp.profiler.policies import residual_bytes as residual_under
 from flexsp.profiler.probe import Probe, Reading, Track, silent
@@ -128,7 +128,7 @@ def measure_layers(
         splits=first.splits,
         layers=layers,
         exchange_bytes_per_s=alone_bytes_per_s(first.alone, probe_tokens, config, dtype),
-        held_out=[said.layout_s(layout) / seconds - 1.0 for layout, seconds in first.tried],
+        held_out=[said.mix_s(mix) / seconds - 1.0 for mix, seconds in first.tried],
         optimizer_s=first.optimizer_s * weights_dtype.itemsize * shape.num_parameters / devices / first.shard_bytes,
         state_bytes=state_bytes,
         activation_bytes_per_token=per_token,
@@ -136,7 +136,7 @@ def measure_layers(
         policies=policies_by_parts(
             [each.policies for each in done],
             lambda values: _by_difference(done, values, shape),
-            fit.for_layers(layers).layout_s,
+            fit.for_layers(layers).mix_s,
         ),
         notes={
             "assumptions": []
@@ -157,7 +157,7 @@ class _PartDone:
 
     part: Part
     readings: list[Reading]
-    tried: list[tuple[Layout, float]]
+    tried: list[tuple[Mix, float]]
     alone: dict[int, dict[str, float]]
     splits: Splits
     optimizer_s: float
@@ -182,11 +182,11 @@ def _run_part(
     full_head = part.head == 1.0 and not part.whole and shape.vocab_size > SMALL_VOCABULARY
     tokens = min(probe_tokens, HEAD_TOKENS) if full_head else probe_tokens
     points = _head_points(tokens) if full_head else fit_points(tokens, degrees if first else [1])
-    layouts = held_out_layouts(tokens, degrees, probe.world_size, HELD_OUT) if first else []
+    mixes = held_out_mixes(tokens, degrees, probe.world_size, HELD_OUT) if first else []
     splits = measured_splits(probe, tokens, degrees, track) if first else Splits(layouts={}, seconds={})
     probe.layouts = splits.layouts
     what = f"measuring {part.layers} of {shape.num_layers} layers{', whole vocabulary' if full_head else ''}"
-    readings, tried = read_points(probe, points, layouts, track, what)
+    readings, tried = read_points(probe, points, mixes, track, what)
     room_bytes = None if full_head else limit.room_bytes(probe.device)
     peaks_of = partial(measured_peaks, tokens=tokens, room_bytes=room_bytes)
     return _PartDone(

@@ -32,7 +32,7 @@ from flexsp.parallel import GroupPool, check_degrees, default_layouts
 from flexsp.profile import AllToAll, Compute, Memory, Policy, Profile
 from flexsp.profiler.fit import Fit
 from flexsp.profiler.memory import LEAST_MARGIN, OPTIMIZER_COPIES, PeakFit, memory_limit, peak_fit, shard_bytes
-from flexsp.profiler.points import Layout, Part, Point, fit_points, held_out_layouts
+from flexsp.profiler.points import Mix, Part, Point, fit_points, held_out_mixes
 from flexsp.profiler.policies import at_rest_bytes, measurable, read_policies, residual_bytes, whole_policies
 from flexsp.profiler.probe import Probe, Reading, Track, silent
 from flexsp.profiler.splits import Splits, measured_splits
@@ -131,8 +131,8 @@ def measure_profile(
         tokens = max(tokens, min(most, held))
     splits = measured_splits(probe, tokens, sp_degrees, track)
     probe.layouts = splits.layouts
-    layouts = held_out_layouts(tokens, sp_degrees, probe.world_size, HELD_OUT)
-    readings, tried = read_points(probe, fit_points(tokens, sp_degrees), layouts, track)
+    mixes = held_out_mixes(tokens, sp_degrees, probe.world_size, HELD_OUT)
+    readings, tried = read_points(probe, fit_points(tokens, sp_degrees), mixes, track)
     alone = exchange_alone(probe, tokens, sp_degrees, dtype)
     under = read_policies(probe, policies, tokens, peaks_of, track)
     fit = Fit(readings, sp_degrees, {d: max(by.values()) / (tokens * d) for d, by in alone.items()})
@@ -144,7 +144,7 @@ def measure_profile(
         splits=splits,
         layers=1,
         exchange_bytes_per_s=alone_bytes_per_s(alone, tokens, model.config, dtype),
-        held_out=[fit.for_part(probe.part).layout_s(layout) / seconds - 1.0 for layout, seconds in tried],
+        held_out=[fit.for_part(probe.part).mix_s(mix) / seconds - 1.0 for mix, seconds in tried],
         optimizer_s=probe.optimizer_s(),
         state_bytes=max(peaks.at_rest_bytes, at_rest_bytes([under])) + OPTIMIZER_COPIES * shard_bytes(model),
         activation_bytes_per_token=peaks.bytes_per_token,
@@ -155,12 +155,12 @@ def measure_profile(
 
 
 def read_points(
-    probe: Probe, points: Sequence[Point], layouts: Sequence[Layout], track: Track, what: str = "measuring"
-) -> tuple[list[Reading], list[tuple[Layout, float]]]:
+    probe: Probe, points: Sequence[Point], mixes: Sequence[Mix], track: Track, what: str = "measuring"
+) -> tuple[list[Reading], list[tuple[Mix, float]]]:
     """Times points, and mixed micro-batches for trying the fit on: those with their seconds."""
     readings: list[Reading] = []
-    tried: list[tuple[Layout, float]] = []
-    for item, say in track([*points, *layouts], what):
+    tried: list[tuple[Mix, float]] = []
+    for item, say in track([*points, *mixes], what):
         if isinstance(item, Point):
             readings.append(probe.read(item))
             row = f"sp_degree {item.degree}, {item.count} x {len(item.lengths)} of {item.lengths[0]:,} tokens"

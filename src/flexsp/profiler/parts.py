@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from flexsp import jsonfields as jf
 from flexsp.estimate import ModelShape
 from flexsp.estimate.shape import FP32_BYTES
-from flexsp.parallel.loss import LOGITS_BYTES
+from flexsp.loss_chunks import LOGIT_BYTES, LOGITS_BYTES
 from flexsp.profiler.memory import OPTIMIZER_COPIES
 from flexsp.profiler.points import Part
 
@@ -20,8 +20,6 @@ FEW_LAYERS = 3
 SMALL_VOCABULARY = 1024
 HEAD_TOKENS = 4096
 """At most so many tokens a rank run through the whole vocabulary: enough to tell what the head costs."""
-LOGIT_BYTES = 12
-"""Of one logit: in the computed type, in fp32, and its gradients."""
 
 
 def read_model_config(path: str | Path) -> PreTrainedConfig:

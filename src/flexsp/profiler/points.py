@@ -8,12 +8,12 @@ from random import Random
 
 import numpy as np
 
-from flexsp import profile
 from flexsp.data.batch import PlannedBatch
 from flexsp.data.packing import IntArray
 from flexsp.plans import Group, MicroBatch, Plan
+from flexsp.profile import Layout
 
-Layout = list[tuple[int, tuple[int, ...]]]
+Mix = list[tuple[int, tuple[int, ...]]]
 """One micro-batch: by group its degree and the lengths that it holds, larger degrees first."""
 
 SHARES = (1, 4, 16)
@@ -24,7 +24,7 @@ SHORTEST = 16
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One timed layout: every group of `degree` holds sequences of these lengths, in `count` micro-batches."""
+    """One timed mix: every group of `degree` holds sequences of these lengths, in `count` micro-batches."""
 
     degree: int
     lengths: tuple[int, ...]
@@ -43,7 +43,7 @@ class Point:
         """The one length of a full row's sequences; None for a point that serves the fixed terms."""
         return self.lengths[0] if self.count == 1 and len(set(self.lengths)) == 1 else None
 
-    def layouts(self, world_size: int) -> list[Layout]:
+    def mixes(self, world_size: int) -> list[Mix]:
         """As many groups of the degree as there is room for, alike."""
         return [[(self.degree, self.lengths)] * (world_size // self.degree)] * self.count
 
@@ -73,22 +73,22 @@ def fit_points(tokens: int, degrees: Sequence[int]) -> list[Point]:
     return points
 
 
-def held_out_layouts(tokens: int, degrees: Sequence[int], world_size: int, count: int, seed: int = 0) -> list[Layout]:
+def held_out_mixes(tokens: int, degrees: Sequence[int], world_size: int, count: int, seed: int = 0) -> list[Mix]:
     """Micro-batches that no point is like: drawn degrees, drawn lengths, rows of any filling."""
     draw = Random(seed)
-    layouts = []
+    mixes = []
     for _ in range(count):
-        layout: Layout = []
+        mix: Mix = []
         start = 0
         while start < world_size:
             fitting = [d for d in degrees if start % d == 0 and start + d <= world_size]
             if not fitting:  # the rest stays idle
                 break
             degree = draw.choice(fitting)
-            layout.append((degree, tuple(_drawn_row(draw, tokens * degree))))
+            mix.append((degree, tuple(_drawn_row(draw, tokens * degree))))
             start += degree
-        layouts.append(sorted(layout, key=lambda group: -group[0]))
-    return layouts
+        mixes.append(sorted(mix, key=lambda group: -group[0]))
+    return mixes
 
 
 def _drawn_row(draw: Random, tokens: int) -> Iterator[int]:
@@ -111,15 +111,13 @@ class RandomTokens:
         return tokens, tokens
 
 
-def batch_of(
-    layouts: Sequence[Layout], world_size: int, vocab_size: int, splits: Mapping[int, profile.Layout]
-) -> PlannedBatch:
+def batch_of(mixes: Sequence[Mix], world_size: int, vocab_size: int, layouts: Mapping[int, Layout]) -> PlannedBatch:
     """A global batch of random tokens that runs as these micro-batches."""
     micro_batches: list[MicroBatch] = []
     lengths: list[int] = []
-    for layout in layouts:
+    for mix in mixes:
         groups, start = [], 0
-        for degree, row in layout:
+        for degree, row in mix:
             ids = tuple(range(len(lengths), len(lengths) + len(row)))
             groups.append(Group(ranks=tuple(range(start, start + degree)), sequences=ids))
             lengths += row
@@ -131,5 +129,5 @@ def batch_of(
         lengths=np.array(lengths, dtype=np.int64),
         plan=Plan(num_devices=world_size, micro_batches=tuple(micro_batches)),
         source=RandomTokens(vocab_size),
-        layouts=splits,
+        layouts=layouts,
     )

@@ -15,7 +15,7 @@ from flexsp.data.batch import PlannedBatch
 from flexsp.parallel.policies import OFFLOAD, policies_of
 from flexsp.profile import Policy
 from flexsp.profiler.memory import PeakFit
-from flexsp.profiler.points import SHARES, Layout, Point
+from flexsp.profiler.points import SHARES, Mix, Point
 from flexsp.profiler.probe import Probe, Track, timed_step
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ class ProbeUnder(Probe):
         self.__dict__.update(vars(probe))
         self.policy = policy
 
-    def batch(self, layouts: Sequence[Layout]) -> PlannedBatch:
-        batch = Probe.batch(self, layouts)
+    def batch(self, mixes: Sequence[Mix]) -> PlannedBatch:
+        batch = Probe.batch(self, mixes)
         micro_batches = tuple(replace(each, policy=self.policy) for each in batch.plan.micro_batches)
         return replace(batch, plan=replace(batch.plan, micro_batches=micro_batches))
 
@@ -103,7 +103,7 @@ def read_policies(
 
 
 def _pair(probe: Probe, under: ProbeUnder, row: Point) -> Pair:
-    batches = [each.batch(row.layouts(probe.world_size)) for each in (probe, under)]
+    batches = [each.batch(row.mixes(probe.world_size)) for each in (probe, under)]
     for batch in batches:
         timed_step(probe.model, batch, probe.groups)
     taken = [[timed_step(probe.model, batch, probe.groups) for batch in batches] for _ in range(PAIRS)]
@@ -122,7 +122,7 @@ def whole_policies(readings: Mapping[str, PolicyReading]) -> dict[str, Policy]:
 def policies_by_parts(
     parts: Sequence[Mapping[str, PolicyReading]],
     by_difference: Callable[[Sequence[float]], float],
-    micro_batch_s: Callable[[Layout], float],
+    micro_batch_s: Callable[[Mix], float],
 ) -> dict[str, Policy]:
     """The policies of a model of which parts were measured.
 

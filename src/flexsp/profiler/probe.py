@@ -1,4 +1,4 @@
-"""Runs layouts through the real executor and takes their times, with all ranks busy."""
+"""Runs micro-batches through the real executor and takes their times, with all ranks busy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from flexsp import profile
 from flexsp.data.batch import PlannedBatch
 from flexsp.data.packing import share_sizes
 from flexsp.parallel import GroupPool, forward_backward
-from flexsp.profiler.points import Layout, Part, Point, batch_of
+from flexsp.profile import Layout
+from flexsp.profiler.points import Mix, Part, Point, batch_of
 
 ROW_LENGTH = 512
 """Tokens of the sequences in a row whose memory is measured: attention's time would grow with longer ones."""
@@ -57,48 +57,48 @@ class Probe:
 
     def __init__(self, model: PreTrainedModel, groups: GroupPool, part: Part) -> None:
         self.model, self.groups, self.part = model, groups, part
-        self.layouts: Mapping[int, profile.Layout] = {}
+        self.layouts: Mapping[int, Layout] = {}
         """How degrees split into heads x context; one that is not here trades heads alone."""
         self.world_size = dist.get_world_size()
         self.device = next(model.parameters()).device
 
     def read(self, point: Point) -> Reading:
         """Times a point, after a warm-up."""
-        taken = self.times(point.layouts(self.world_size))
+        taken = self.times(point.mixes(self.world_size))
         noise = (taken[-1] / taken[0] - 1.0) / math.sqrt(len(taken))
         return Reading(point=point, part=self.part, seconds=statistics.fmean(taken), spread=noise)
 
-    def times(self, layouts: Sequence[Layout]) -> list[float]:
+    def times(self, mixes: Sequence[Mix]) -> list[float]:
         """Seconds of the slowest rank after a warm-up, ascending, the slowest time left out."""
-        batch = self.batch(layouts)
+        batch = self.batch(mixes)
         timed_step(self.model, batch, self.groups)
         taken: list[float] = []  # the same on all ranks, so that all stop alike
         while len(taken) < LEAST_REPEATS or (len(taken) < MOST_REPEATS and sum(taken) < ENOUGH_S):
             taken.append(timed_step(self.model, batch, self.groups))
         return sorted(taken)[:-1]
 
-    def once(self, layouts: Sequence[Layout]) -> float:
+    def once(self, mixes: Sequence[Mix]) -> float:
         """Seconds of the slowest rank, without a warm-up."""
-        return timed_step(self.model, self.batch(layouts), self.groups)
+        return timed_step(self.model, self.batch(mixes), self.groups)
 
     def run(self, tokens: int) -> None:
         """Forward and backward of a row of so many tokens on every rank, by itself, in sequences of `ROW_LENGTH`."""
         whole, rest = divmod(tokens, ROW_LENGTH)
         row = (ROW_LENGTH,) * whole + ((rest,) if rest else ())
-        timed_step(self.model, self.batch(Point(1, row).layouts(self.world_size)), self.groups)
+        timed_step(self.model, self.batch(Point(1, row).mixes(self.world_size)), self.groups)
 
     def largest(self, own: float) -> float:
         """The largest of what the ranks say."""
         return largest_of_all(own, self.groups)
 
-    def batch(self, layouts: Sequence[Layout]) -> PlannedBatch:
+    def batch(self, mixes: Sequence[Mix]) -> PlannedBatch:
         vocab_size = self.model.config.get_text_config().vocab_size
-        return batch_of(layouts, self.world_size, vocab_size, self.layouts)
+        return batch_of(mixes, self.world_size, vocab_size, self.layouts)
 
     def optimizer_s(self) -> float:
         """Seconds of clipping and one AdamW step. At a learning rate of 0 the weights stay as they are."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
-        forward_backward(self.model, self.batch(Point(1, (1,)).layouts(self.world_size)), self.groups)
+        forward_backward(self.model, self.batch(Point(1, (1,)).mixes(self.world_size)), self.groups)
         taken = []
         for _ in range(LEAST_REPEATS + 1):
             dist.barrier(group=self.groups.control)

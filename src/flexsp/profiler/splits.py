@@ -75,5 +75,5 @@ def _timed(probe: Probe, tokens: int, degree: int, candidates: Sequence[Layout])
     for _ in range(ROUNDS):
         for layout, taken in zip(candidates, rounds, strict=True):
             probe.layouts = {**probe.layouts, degree: layout}
-            taken.append(sum(probe.once(point.layouts(probe.world_size)) for point in points))
+            taken.append(sum(probe.once(point.mixes(probe.world_size)) for point in points))
     return [(layout, statistics.median(taken)) for layout, taken in zip(candidates, rounds, strict=True)]
