@@ -77,7 +77,7 @@ REFUSED = {
     ),
     "state space": (
         CONFIG_MAPPING["mamba"](vocab_size=64, hidden_size=16, num_hidden_layers=1),
-        r"model=MambaForCausalLM does not call the attention interface",
+        r"model=MambaForCausalLM does not call .*, and its backbone.layers.0.mixer.conv1d mixes neighbouring tokens",
     ),
     "recurrence": (
         CONFIG_MAPPING["rwkv"](vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2),
@@ -91,6 +91,12 @@ REFUSED = {
         CONFIG_MAPPING["bert"](vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
                                intermediate_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         r"is_causal=False of BertSelfAttention: its tokens see later ones",
+    ),
+    "positions that begin elsewhere": (
+        CONFIG_MAPPING["xlm-roberta"](vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                      intermediate_size=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                                      is_decoder=True, pad_token_id=1),
+        r"model=XLMRobertaForCausalLM: it does not number the tokens of a sequence from 0, as flexsp does",
     ),
     "attention to later tokens": (
         CONFIG_MAPPING["gemma3_text"](**SIZES, use_bidirectional_attention=True),
@@ -158,9 +164,29 @@ class HalfSeenLlama(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=mask, **arguments)
 
 
+class Branches(torch.nn.Module):
+    """Uses a weight where a token asks for it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.rare = torch.nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden):
+        asked = hidden[..., :1] > 0
+        return torch.where(asked, self.rare(hidden), hidden) if asked.any() else hidden
+
+
+class BranchingLlama(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[0].mlp = Branches(config)
+        self.model.layers[1].mlp = Branches(config)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (BranchingLlama, r"some tokens leave model.layers..*rare.bias and . other parameters without a gradient"),
         (ShiftedLlama, r"tokens reach one another in model.layers.0.mlp \(Neighbours\), outside of attention"),
         (PositionlessLlama, r"tokens reach one another in .*, or it reads positions of its own"),
         (
@@ -179,6 +205,20 @@ def test_what_is_random_is_let_through_where_exactness_is_given_up():
     check_model(model(CONFIG_MAPPING["phimoe"](**SIZES, num_local_experts=4)), exact=False)
 
 
+class NeedyLlama(LlamaForCausalLM):
+    """Cannot be made of a config alone."""
+
+    def __init__(self, config, needed):
+        super().__init__(config)
+
+
+def test_what_cannot_be_checked_is_let_through_where_exactness_is_given_up():
+    needy = NeedyLlama(small_config(), needed=1)
+    with pytest.raises(ValueError, match=r"NeedyLlama: it cannot be checked, .*give up exactness with exact=False"):
+        check_model(needy)
+    check_model(needy, exact=False)
+
+
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
@@ -187,6 +227,7 @@ def test_what_is_random_is_let_through_where_exactness_is_given_up():
         ("mistral", {"sliding_window": None}),
         ("mistral", {"sliding_window": 16}),
         ("gemma2", {"sliding_window": 16}),
+        ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
         ("gpt_oss", {"num_local_experts": 4}),
         ("deepseek_v3", {"n_routed_experts": 8, "num_key_value_heads": 4, "head_dim": 64}),
         ("longcat_flash", {"num_layers": 2, "n_routed_experts": 8, "num_key_value_heads": 4, "head_dim": 64}),
@@ -196,7 +237,8 @@ def test_exact_models_are_let_through_and_left_as_they_are(kind, fields):
     built = model(CONFIG_MAPPING[kind](**{**SIZES, **fields}))
     before = built.config.to_dict()
     state = torch.random.get_rng_state()
-    check_model(built)
+    with torch.device("meta"):  # as where a user builds a large model
+        check_model(built)
     assert built.config.to_dict() == before
     assert torch.equal(torch.random.get_rng_state(), state)
 

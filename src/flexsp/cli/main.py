@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 import flexsp
-from flexsp.cli import check, estimate, lengths, plan, profile, show, simulate, train
+from flexsp.cli import check, estimate, lengths, plan, profile, show, simulate, train, verify
 
-COMMANDS = (plan, check, lengths, estimate, profile, show, simulate, train)
+COMMANDS = (plan, check, lengths, estimate, profile, show, simulate, train, verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from flexsp.parallel.row import Row
 NAME = "flexsp"
 """What `attn_implementation` is called."""
 
-REFUSED_ARGUMENTS = ("position_bias",)
+REFUSED_ARGUMENTS = ("position_bias", "indices", "block_indices")
 """Arguments of a model's attention that change its result and that we do not compute."""
 
 
@@ -94,7 +94,7 @@ def flexsp_attention(
     )
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (t, heads, H)
     if context.heads is None and context.ring is None:
-        return _attend(q, k, v, context, scores, dropout, s_aux).unsqueeze(0), None
+        return _attend(q, k, v, context, scores, dropout, s_aux).unsqueeze(0).contiguous(), None
 
     share = context.shares[context.head_rank]
     held = (q[:share], k[:share], v[:share])
@@ -110,7 +110,7 @@ def flexsp_attention(
         # stays in the graph: the group's other ranks wait for this one in its backward.
         alone = SPContext(row=Row((1,), 1, 0, q.device), heads=None, ring=None, shares=(1,), kernel=context.kernel)
         out = torch.cat([out, _attend(q, k, v, alone, scores, dropout, s_aux)])
-    return out.unsqueeze(0), None
+    return out.unsqueeze(0).contiguous(), None  # some models take views of it
 
 
 def _check_arguments(module: torch.nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:

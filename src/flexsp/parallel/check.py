@@ -6,13 +6,16 @@ which finds also what nobody has named.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexsp.parallel.kinds import fault_of
+from flexsp.parallel.kinds import RANDOM, UNCHECKED, fault_of
+
+log = logging.getLogger(__name__)
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 """What attention layers may be."""
@@ -31,7 +34,8 @@ def check_model(model: PreTrainedModel, exact: bool = True) -> None:
 
     Args:
         model: a causal language model.
-        exact: whether dropout, and other randomness of training, is refused: its random numbers depend on the plan.
+        exact: whether dropout, and other randomness of training, is refused: its random numbers depend on the plan; and
+            a model of which no small one can be made to check it by.
 
     Raises:
         ValueError: names the field of the config, or the layer.
@@ -40,7 +44,9 @@ def check_model(model: PreTrainedModel, exact: bool = True) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"is_encoder_decoder=True of {kind}: it has no single row of tokens; use a decoder alone")
     if not model._supports_attention_backend:
-        raise ValueError(f"model={kind} does not call the attention interface of transformers; use one that does")
+        convolutions = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv1d)]
+        why = f", and its {convolutions[0]} mixes neighbouring tokens" if convolutions else ""
+        raise ValueError(f"model={kind} does not call the attention interface of transformers{why}; use one that does")
     config = model.config.get_text_config()
     _check_layers(kind, config)
     _check_causal(kind, config)
@@ -53,8 +59,13 @@ def check_model(model: PreTrainedModel, exact: bool = True) -> None:
     if exact:
         _check_dropout(model, config)
     fault = fault_of(type(model), model.config, training=exact)
-    if fault is not None:
-        raise ValueError(f"model={kind}: {fault}; use another model")
+    if fault is None:
+        return
+    waived = fault == RANDOM or fault.startswith(UNCHECKED)
+    if not waived or exact:
+        remedy = "give up exactness with exact=False" if waived else "use another model"
+        raise ValueError(f"model={kind}: {fault}; {remedy}")
+    log.warning("model=%s: %s", kind, fault)
 
 
 def _check_layers(kind: str, config: PreTrainedConfig) -> None:
@@ -93,7 +104,8 @@ def _check_dropout(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     remedy = "set it to 0, or give up exactness with exact=False"
     for field, value in config.to_dict().items():
         named = "dropout" in field or field.endswith("_pdrop")
-        if named and "classifier" not in field and isinstance(value, float) and value > 0:
+        other = field.startswith(("classifier", "summary"))  # of heads that are no language model's
+        if named and not other and isinstance(value, float) and value > 0:
             raise ValueError(f"{field}={value}: dropout makes loss and gradients depend on the plan; {remedy}")
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout) and module.p > 0:

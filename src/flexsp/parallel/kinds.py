@@ -4,7 +4,7 @@ Names of fields and classes tell much (`check`), but a new model may mix tokens 
 silently wrong results are the worst fault there is. So a small model of the same class runs
 
 1. whole sequences through its own eager attention, and through ours written out: they must agree, which finds masks,
-   biases and state of attention layers that our attention is not told of;
+   biases and state of attention layers that our attention is not told of, and positions that do not count from 0;
 2. a row whole and in pieces, with an attention in which no token sees another: the pieces must give what the whole
    gives, which finds all that reaches across tokens outside of attention: convolutions, recurrent states, positions
    counted from the tokens at hand, routing that depends on the batch;
@@ -29,6 +29,8 @@ from flexsp.parallel.small import POSITIONS, VOCABULARY, make_small, quiet
 DENSE, APART = "flexsp-probe-dense", "flexsp-probe-apart"
 TOLERANCE = 1e-4
 """Relative, of logits in fp64: eager attention and many norms compute in fp32 inside. A fault is larger by orders."""
+RANDOM = "its result is random in training, or changes from one forward to the next"
+UNCHECKED = "it cannot be checked, as no small model of its kind runs by itself on tokens alone"
 LENGTH = 24
 REPEATS = 3
 """Of a forward that may be random."""
@@ -150,7 +152,7 @@ def _probe(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool
         model = make_small(kind, config, torch.float64, few_heads=True).train(training)
         eager = _logits(model, "eager", SEQUENCE)
     except Exception as error:  # of the model's own code
-        return f"no small model of its kind runs by itself on tokens alone ({_line(error)}), so it cannot be checked"
+        return f"{UNCHECKED} ({_line(error)})"
     try:
         return _unlike_eager(model, eager) or _reaching_across(model) or _without_gradient(model)
     except Exception as error:  # likewise
@@ -159,7 +161,7 @@ def _probe(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool
 
 def _unlike_eager(model: Any, eager: Tensor) -> str | None:
     if not all(_close(_logits(model, "eager", SEQUENCE), eager) for _ in range(REPEATS)):
-        return "its result is random, or changes from one forward to the next"
+        return RANDOM
     seen = _Seen()
     ours = _logits(model, DENSE, SEQUENCE, seen)
     if (fault := seen.fault()) is not None:
@@ -167,6 +169,8 @@ def _unlike_eager(model: Any, eager: Tensor) -> str | None:
     if not _close(ours, eager):
         where = _first_difference(model, ("eager", SEQUENCE), (DENSE, SEQUENCE), list(range(LENGTH)))
         return f"its attention, first seen in {where}, is not causal attention by scores, window, softcap and sinks"
+    if not _close(_logits(model, "eager", SEQUENCE, numbered=False), eager):
+        return "it does not number the tokens of a sequence from 0, as flexsp does"
     return None
 
 
@@ -242,20 +246,25 @@ PIECES = ([0, 5, 11], [1, 2, 3, 4, 6, 7, 8, 9, 10], [7])
 
 
 def _logits(
-    model: Any, attention: str, tokens: list[tuple[int, int]], seen: _Seen | None = None, grad: bool = False
+    model: Any,
+    attention: str,
+    tokens: list[tuple[int, int]],
+    seen: _Seen | None = None,
+    grad: bool = False,
+    numbered: bool = True,
 ) -> Tensor:
-    """(T, vocabulary)."""
+    """(T, vocabulary); `numbered`: the model is given the positions."""
     model.set_attn_implementation(attention)
     ids, positions = (torch.tensor([column]) for column in zip(*tokens, strict=True))
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"position_ids": positions} if numbered else {}
     if attention != "eager":  # as the step calls it
         cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32)
-        arguments = dict(
+        arguments |= dict(
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=LENGTH, max_length_k=LENGTH,
             sp_context=seen or _Seen(),
         )  # fmt: skip
     with torch.set_grad_enabled(grad):
-        logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False, **arguments).logits[0]
+        logits: Tensor = model(input_ids=ids, use_cache=False, **arguments).logits[0]
     return logits
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedConfig
 
 from flexsp.profile import Layout
+
+
+def heads_of(config: PreTrainedConfig) -> int:
+    """What Ulysses ranks must divide: the attention heads, or where they differ by layer what divides all of them."""
+    text = config.get_text_config()
+    by_layer = getattr(text, "num_attention_heads_per_layer", None)
+    return math.gcd(*by_layer) if by_layer else int(text.num_attention_heads)
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -16,7 +24,7 @@ def powers_of_two(most: int) -> list[int]:
 
 def layouts_of(config: PreTrainedConfig, degree: int) -> list[Layout]:
     """Every layout that serves a degree, the one with the most Ulysses first: its ranks must divide the heads."""
-    heads = config.get_text_config().num_attention_heads
+    heads = heads_of(config)
     return [
         Layout(ulysses=ulysses, ring=degree // ulysses)
         for ulysses in range(degree, 0, -1)
@@ -44,7 +52,7 @@ def check_degrees(
     Raises:
         ValueError: names the degree and a layout that would work.
     """
-    heads = config.get_text_config().num_attention_heads
+    heads = heads_of(config)
     for degree in degrees:
         if not 1 <= degree <= world_size:
             raise ValueError(

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from flexsp import loss_chunks
 from flexsp.data.packing import IGNORE_INDEX
 from flexsp.parallel.clock import BusyClock
 
@@ -34,9 +35,6 @@ log = logging.getLogger(__name__)
 
 Forward = Callable[..., Any]
 
-LOGITS_BYTES = 512 * 2**20
-"""Of a chunk's logits in fp32, by default. In its backward a chunk holds about thrice that; smaller ones make the
-head's matrices less efficient, and each adds to the gradient of the whole head."""
 NOT_CALLED = "its forward does not call its base model once"
 TRIED_TOKENS = 3
 TOLERANCE = 1e-2
@@ -225,7 +223,7 @@ def install(model: PreTrainedModel, base: BaseModel | str, clock: BusyClock, chu
         model: prepared, with a clock.
         base: from `find_base_model`.
         clock: the model's.
-        chunk_tokens: tokens of a chunk at the most; None: as many as `LOGITS_BYTES` holds.
+        chunk_tokens: tokens of a chunk at the most; None: as many as `loss_chunks.LOGITS_BYTES` holds.
 
     Raises:
         ValueError: less than one token.
@@ -234,6 +232,5 @@ def install(model: PreTrainedModel, base: BaseModel | str, clock: BusyClock, chu
         raise ValueError(f"loss_chunk_tokens={chunk_tokens} must be at least 1; or None, to let the vocabulary decide")
     if isinstance(base, str):
         log.info("loss: %s: %s, so the logits of a whole row are held", type(model).__name__, base)
-    vocabulary = model.config.get_text_config().vocab_size
-    chunk_tokens = chunk_tokens or max(1, LOGITS_BYTES // (4 * vocabulary))
+    chunk_tokens = chunk_tokens or loss_chunks.chunk_tokens(model.config.get_text_config().vocab_size)
     RowLoss(model, None if isinstance(base, str) else base, chunk_tokens, clock)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from flexsp.parallel import clock, loss, policies
 from flexsp.parallel.attention import NAME
 from flexsp.parallel.check import check_model
+from flexsp.parallel.experts import give_experts_gradients
 from flexsp.parallel.policies import FULL, NONE
 
 
@@ -58,6 +59,7 @@ def prepare_model(
     base = loss.find_base_model(model)
     layer_classes = set(model._no_split_modules or [])
     layers = [module for module in model.modules() if type(module).__name__ in layer_classes]
+    give_experts_gradients(layers)
     for layer in layers if shard_layers else []:
         fully_shard(layer, mesh=mesh, mp_policy=types, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=types)

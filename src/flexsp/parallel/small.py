@@ -21,6 +21,7 @@ MOST_WIDTH = 2048
 VOCABULARY = 128
 POSITIONS = 512
 """Enough for what is run, few enough for a table of learned positions."""
+TRIED_TOKENS = 10
 SPREAD = 0.1
 """Of what is added to the weights: with the tiny initial ones a fault of attention hides in rounding."""
 
@@ -204,11 +205,11 @@ def small_configs(config: PreTrainedConfig, *, few_heads: bool = False, **option
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Whatever transformers has to say of small models is kept from the user, and their random numbers from the run."""
+    """Small models are made on the CPU, and the user notices nothing: no warnings, no change of random numbers."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -237,7 +238,9 @@ def make_small(
         try:
             model = _build(kind, small, dtype, seed)
             with torch.no_grad():
-                model(input_ids=TRIED, position_ids=torch.arange(TRIED.shape[1])[None], use_cache=False)
+                tokens = torch.arange(TRIED_TOKENS)[None]
+                model(input_ids=tokens, position_ids=tokens, use_cache=False)
+                model(input_ids=tokens, use_cache=False)
         except Exception as caught:  # it does not fit these sizes: try others
             error = caught
         else:
@@ -245,13 +248,9 @@ def make_small(
     raise error or ValueError("its config has no smaller sizes")
 
 
-TRIED = torch.arange(10)[None]
-
-
 def _build(kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> Any:
-    torch.manual_seed(seed)
-    with torch.device("cpu"):
-        model = kind._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would change those of GPUs too
+    model = kind._from_config(config, dtype=torch.float32, attn_implementation="eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others lack fp64
     model = model.to(dtype).train()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from flexsp import jsonfields as jf
@@ -40,8 +41,9 @@ def read_model_config(path: str | Path) -> PreTrainedConfig:
     del fields["model_type"]
     try:
         config = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: transformers cannot make a config of it ({error}); correct it") from None
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{file}: transformers cannot make a config of it ({said}); correct it") from None
     assert isinstance(config, PreTrainedConfig)
     return config
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flexsp.data import Corpus, Overlong, Sequences, apply_context_limit, open_corpus
@@ -69,9 +70,10 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
             fields = dict(config.config)
             model_type = fields.pop("model_type", "")
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=weights)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         key = f"model.path={config.path!r}" if config.path else f"model.config={config.config!r}"
-        raise ValueError(f"{key}: transformers cannot make this model ({error}); correct it") from None
+        said = " ".join(str(error).split())
+        raise ValueError(f"{key}: transformers cannot make this model ({said}); correct it") from None
     assert isinstance(model, PreTrainedModel)
     return model
 
