@@ -7,6 +7,7 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,17 @@ import pytest
 import flexsp
 from flexsp.cli.main import main
 from flexsp.estimate import cluster_names, estimate_profile, load_cluster, load_model_shape, model_shape
-from flexsp.estimate.seconds import exchange_bytes_per_s, gather_s, optimizer_s
+from flexsp.estimate.memory import least_room_bytes, loss_bytes, model_state_bytes
+from flexsp.estimate.seconds import exchange_bytes_per_s, gather_s, linear_s, optimizer_s
+from flexsp.estimate.shape import POLICIES
+from flexsp.loss_chunks import LOGITS_BYTES, chunk_tokens
 from flexsp.profile import Profile
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT / "examples" / "models"
 SIZES = ("7b", "13b", "30b")
+CHUNK_OF_LLAMA = 12 * 128256 * chunk_tokens(128256)
+"""Bytes of a chunk of the loss, with the vocabulary of Llama-3."""
 
 TINY = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 20, "num_hidden_layers": 3,
@@ -98,7 +104,8 @@ def test_one_set_of_efficiencies_gives_the_published_times_within_a_quarter(size
     published = Profile.load(ROOT / "examples" / "profiles" / f"gpt-{size}-64xa100.json")
     estimated = estimate(shape, "a100-40", reduce_dtype="bfloat16")
     assert estimated.compute.quadratic_s == pytest.approx(published.compute.quadratic_s, rel=0.15)
-    assert estimated.compute.linear_s == pytest.approx(published.compute.linear_s, rel=0.15)
+    whole = linear_s(shape, load_cluster("a100-40"), "bfloat16", loss_in_chunks=False)  # as was published
+    assert whole == pytest.approx(published.compute.linear_s, rel=0.15)
     assert estimated.compute.fixed_s == pytest.approx(published.compute.fixed_s, rel=0.05)
     assert estimated.all_to_all.bytes_per_token == published.all_to_all.bytes_per_token
     for degree, rate in published.all_to_all.bandwidth_bytes_per_s.items():
@@ -107,8 +114,39 @@ def test_one_set_of_efficiencies_gives_the_published_times_within_a_quarter(size
 
 def test_the_7b_profile_kept_all_activations():
     published = Profile.load(ROOT / "examples" / "profiles" / "gpt-7b-64xa100.json")
-    estimated = load_model_shape(MODELS / "gpt-7b.json").activation_bytes_per_token("none", 2)
+    shape = load_model_shape(MODELS / "gpt-7b.json")
+    whole_logits = (2 + 4 + 4) * shape.vocab_size  # not in chunks there
+    estimated = shape.activation_bytes_per_token("none", 2) + whole_logits
     assert estimated == pytest.approx(published.memory.activation_bytes_per_token, rel=0.01)
+
+
+def test_a_device_holds_one_chunk_of_the_loss_and_no_logits_of_its_tokens():
+    shape = load_model_shape(MODELS / "llama-3-8b.json")
+    profile, small = estimate(shape, num_devices=64), estimate(replace(shape, vocab_size=16032), num_devices=64)
+    assert chunk_tokens(shape.vocab_size) == LOGITS_BYTES // 4 // 128256
+    kept = [(profile.memory, small.memory), *zip(*(p.memory.policies.values() for p in (profile, small)), strict=True)]
+    assert all(large.activation_bytes_per_token == less.activation_bytes_per_token for large, less in kept)
+    # thrice the chunk, beside what is sharded and whole
+    states = profile.memory.model_state_bytes - sum(model_state_bytes(shape, 64, "bfloat16", 3))
+    assert states == pytest.approx(3 * LOGITS_BYTES, rel=1e-3)
+    assert "a chunk of the loss" in profile.provenance["fields"]["memory.model_state_bytes"]
+    # whose logits are computed once more
+    head_s = 2 * shape.hidden_size * shape.vocab_size / (312e12 * load_cluster("a100-80").linear_efficiency)
+    again_s = profile.compute.linear_s - linear_s(shape, load_cluster("a100-80"), "bfloat16", loss_in_chunks=False)
+    assert again_s == pytest.approx(head_s)
+
+
+def test_the_loss_holds_no_more_than_that_of_the_tokens_that_fit():
+    shape = load_model_shape(MODELS / "llama-3-8b.json")
+    least = min(shape.activation_bytes_per_token(policy) for policy in POLICIES)
+    room = 100 * (least + 12 * shape.vocab_size)
+    assert loss_bytes(shape, "bfloat16", room) == pytest.approx(100 * 12 * shape.vocab_size)
+    assert loss_bytes(shape, "bfloat16", 1e12) == 12 * shape.vocab_size * chunk_tokens(shape.vocab_size)
+    for each in (shape, tiny()):  # the least room is for one token, in little memory and in much
+        room = least_room_bytes(each, "bfloat16")
+        token = each.activation_bytes_per_token("none")
+        assert room - loss_bytes(each, "bfloat16", room) == pytest.approx(token)
+        assert room * 0.99 - loss_bytes(each, "bfloat16", room * 0.99) < token
 
 
 def test_the_page_shows_the_table_that_the_benchmark_prints():
@@ -142,7 +180,8 @@ def test_zero_stages_shard_ever_more():
     assert one.compute.fixed_s < two.compute.fixed_s < three.compute.fixed_s
     assert one.optimizer_s > two.optimizer_s > three.optimizer_s
     # ZeRO's paper, 16 devices less 8: (2 + 2) P + 12 P / N
-    assert one.memory.model_state_bytes == 4 * shape.num_parameters + 12 * shape.num_parameters / 8
+    states = 4 * shape.num_parameters + 12 * shape.num_parameters / 8
+    assert one.memory.model_state_bytes == states + CHUNK_OF_LLAMA
     assert three.optimizer_s == optimizer_s(shape, load_cluster("a100-80"), 0)
 
 
@@ -150,7 +189,7 @@ def test_one_device_in_float32_holds_the_model_once():
     shape = load_model_shape(MODELS / "llama-3.2-1b.json")
     alone = estimate(shape, num_devices=1, dtype="float32")
     assert alone.sp_degrees == (1,)
-    assert alone.memory.model_state_bytes == 16 * shape.num_parameters
+    assert alone.memory.model_state_bytes == 16 * shape.num_parameters + CHUNK_OF_LLAMA
     assert alone.compute.linear_s > 10 * estimate(shape, num_devices=1).compute.linear_s
 
 

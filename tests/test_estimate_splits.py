@@ -232,7 +232,7 @@ def test_layouts_are_in_the_file_and_plans_use_such_degrees(tmp_path, capsys):
     assert profile.layouts == {12: split(4, 3), 64: split(8, 8)}
     assert profile.to_json() == estimate(sp_degrees=[1, 2, 4, 8, 12, 64], date=profile.provenance["date"]).to_json()
 
-    # without a policy 8 devices hold 84,038 tokens, 12 hold 126,058
+    # without a policy 8 devices hold 101,685 tokens, 12 hold 152,528
     plain = replace(profile, memory=replace(profile.memory, policies={}))
     lengths = [110_000, 110_000, 9_000, 4_000, 700]
     for longest, usable in ((500_000, profile.sp_degrees), (110_000, profile.sp_degrees[:-1])):

@@ -1,10 +1,11 @@
-"""The bytes of a profile: model states under ZeRO, and ways to hold fewer activations."""
+"""The bytes of a profile: model states under ZeRO, a chunk of the loss, and ways to hold fewer activations."""
 
 from __future__ import annotations
 
 from flexsp.estimate.cluster import DTYPES, Cluster
-from flexsp.estimate.seconds import linear_s, quadratic_s
-from flexsp.estimate.shape import FP32_BYTES, ModelShape
+from flexsp.estimate.seconds import linear_s, matrices_s, quadratic_s
+from flexsp.estimate.shape import FP32_BYTES, POLICIES, ModelShape
+from flexsp.loss_chunks import LOGIT_BYTES, chunk_tokens
 from flexsp.profile import Policy
 
 STATE_BYTES = 16
@@ -38,6 +39,36 @@ def model_state_bytes(shape: ModelShape, num_devices: int, dtype: str, zero_stag
     return master * parameters / num_devices, 2 * itemsize * parameters
 
 
+def loss_bytes(shape: ModelShape, dtype: str, room_bytes: float) -> float:
+    """Bytes of the loss on a device, whatever its tokens: those of a chunk, however long the row.
+
+    Never more than those of the most tokens that a device holds, under the policy that holds the most.
+
+    Args:
+        shape: the model.
+        dtype: what it computes in.
+        room_bytes: of a device beside its model states.
+    """
+    per_token = LOGIT_BYTES * shape.vocab_size
+    tokens = room_bytes / (_least_per_token(shape, dtype) + per_token)
+    return per_token * max(0.0, min(chunk_tokens(shape.vocab_size), tokens))
+
+
+def least_room_bytes(shape: ModelShape, dtype: str) -> float:
+    """Bytes that a device must have beside its model states, for one token without a policy and the loss.
+
+    The least room for which room - loss_bytes(room) is a token's activations.
+    """
+    token = shape.activation_bytes_per_token("none", DTYPES[dtype])
+    per_token = LOGIT_BYTES * shape.vocab_size
+    least = _least_per_token(shape, dtype)
+    return min(token + per_token * chunk_tokens(shape.vocab_size), token * (least + per_token) / least)
+
+
+def _least_per_token(shape: ModelShape, dtype: str) -> int:
+    return min(shape.activation_bytes_per_token(policy, DTYPES[dtype]) for policy in POLICIES)
+
+
 def policies(shape: ModelShape, cluster: Cluster, dtype: str) -> dict[str, Policy]:
     """The policies of a profile: what each holds of a token, and what it costs at POLICY_TOKENS."""
     itemsize = DTYPES[dtype]
@@ -58,7 +89,7 @@ def _recompute_factor(shape: ModelShape, cluster: Cluster, dtype: str, attention
     quadratic = quadratic_s(shape, cluster, dtype) * POLICY_TOKENS
     kinds = shape.flops_by_kind()
     again = kinds["mlp"] + kinds["router"] + (kinds["attention_projections"] if attention else 0)
-    again_s = linear * again / shape.linear_flops_per_token() / 3  # a forward is a third of forward and backward
+    again_s = matrices_s(again, cluster, dtype) / 3  # a forward is a third of forward and backward
     if attention:
         again_s += quadratic * 2 / 7
     return 1 + again_s / (linear + quadratic)
@@ -68,7 +99,8 @@ def _offload_factor(shape: ModelShape, cluster: Cluster, dtype: str) -> float:
     """Compute while activations go to the host in the forward and come back in the backward, over compute alone."""
     linear = linear_s(shape, cluster, dtype)
     quadratic = quadratic_s(shape, cluster, dtype) * POLICY_TOKENS
-    forward_s, backward_s = linear / 3 + quadratic * 2 / 7, linear * 2 / 3 + quadratic * 5 / 7
+    forward_s = linear_s(shape, cluster, dtype, loss_in_chunks=False) / 3 + quadratic * 2 / 7
+    backward_s = linear + quadratic - forward_s
     layer_bytes = sum(shape.kept_bytes_per_layer(DTYPES[dtype]).values())
     move_s = shape.num_layers * layer_bytes / (cluster.host_bytes_per_s * cluster.host_efficiency)
     return (max(forward_s, move_s) + max(backward_s, move_s)) / (forward_s + backward_s)

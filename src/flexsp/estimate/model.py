@@ -10,6 +10,7 @@ import flexsp
 from flexsp.estimate import memory, seconds, splits
 from flexsp.estimate.cluster import DTYPES, Cluster
 from flexsp.estimate.shape import ModelShape
+from flexsp.loss_chunks import chunk_tokens
 from flexsp.profile import AllToAll, Compute, Memory, Profile
 
 ZERO_STAGES = (1, 2, 3)
@@ -99,30 +100,29 @@ def _memory(shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, me
     per_token = shape.activation_bytes_per_token("none", DTYPES[dtype])
     return Memory(
         memory_bytes=math.floor(cluster.memory_bytes * memory_fraction),
-        model_state_bytes=_model_state_bytes(shape, cluster, dtype, zero_stage, memory_fraction, per_token),
+        model_state_bytes=_model_state_bytes(shape, cluster, dtype, zero_stage, memory_fraction),
         activation_bytes_per_token=per_token,
         policies=memory.policies(shape, cluster, dtype),
     )
 
 
-def _model_state_bytes(
-    shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float, per_token: float
-) -> int:
-    """Model states on a device.
+def _model_state_bytes(shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float) -> int:
+    """What a device holds whatever its tokens: model states, and a chunk of the loss.
 
     Raises:
-        ValueError: they leave no room for the activations of a token.
+        ValueError: it leaves no room for the activations of a token.
     """
     share, whole = memory.model_state_bytes(shape, cluster.num_devices, dtype, zero_stage)
     room = cluster.memory_bytes * memory_fraction
-    if share + whole + per_token <= room:
-        return math.ceil(share + whole)
+    least_room = memory.least_room_bytes(shape, dtype)
+    if share + whole + least_room <= room:
+        return math.ceil(share + whole + memory.loss_bytes(shape, dtype, room - share - whole))
     needed = (share + whole) / 2**30
     short = (
-        f"model states of {needed:.1f} GiB a device leave no room in {room / 2**30:.1f} GiB "
+        f"model states of {needed:.1f} GiB a device leave no room for loss and activations in {room / 2**30:.1f} GiB "
         f"({memory_fraction:g} of {cluster.device})"
     )
-    left = room - whole - per_token
+    left = room - whole - least_room
     if left > 0:
         least = math.ceil(share * cluster.num_devices / left)
         if least > cluster.devices_per_node:
@@ -162,6 +162,8 @@ def _provenance(
             *shape.assumptions,
             "nothing was run; shares of the peak and of the links are those of the cluster file",
             "norms are fused kernels; eager ones hold more activations",
+            f"a device's part of a row is above a chunk of the loss ({chunk_tokens(shape.vocab_size)} tokens), so the "
+            "backward computes its logits again; shorter ones do not pay that",
             f"policies: compute_factor for sequences of {memory.POLICY_TOKENS} tokens; shorter ones pay more",
             f"{memory_fraction:g} of a device's memory may be filled; the rest is for the driver, NCCL and fragments",
         ],
@@ -169,7 +171,7 @@ def _provenance(
         "fields": {
             "compute.quadratic_s": "7 FLOPs per token squared, head, head_dim and layer (causal FlashAttention-2) / "
             f"({cluster.attention_efficiency:g} of {_tera(cluster, dtype)} TFLOP/s)",
-            "compute.linear_s": "6 FLOPs per parameter that a token multiplies with / "
+            "compute.linear_s": "6 FLOPs per parameter that a token multiplies with, and 2 more of the head's / "
             f"({cluster.linear_efficiency:g} of {_tera(cluster, dtype)} TFLOP/s)",
             "compute.fixed_s": f"{traffic}; {hidden:.0%} of it hidden behind compute; "
             f"{cluster.layer_launch_s:g} s of launches a layer",
@@ -179,8 +181,7 @@ def _provenance(
             "all_to_all.latency_s": f"{seconds.EXCHANGES_PER_LAYER} all-to-alls a layer",
             "memory.memory_bytes": f"{memory_fraction:g} of the device's memory",
             "memory.model_state_bytes": _state_field(zero_stage, dtype),
-            "memory.activation_bytes_per_token": "what each layer keeps for its backward (after arXiv 2205.05198), "
-            "and logits in fp32 with their gradient",
+            "memory.activation_bytes_per_token": "what each layer keeps for its backward (after arXiv 2205.05198)",
             "memory.policies": "selective: norms and MLP computed again; full: whole layers computed again; "
             "offload: activations to the host and back",
             "optimizer_s": f"{seconds.OPTIMIZER_PASSES} fp32 numbers of each parameter of the share through memory",
@@ -189,11 +190,10 @@ def _provenance(
 
 
 def _state_field(zero_stage: int, dtype: str) -> str:
+    states = f"weights whole in {dtype}, optimizer states over all devices (ZeRO-{zero_stage})"
     if zero_stage == 3:
-        return (
-            f"{memory.STATE_BYTES} bytes a parameter over all devices, and what is gathered whole in {dtype} (ZeRO-3)"
-        )
-    return f"weights whole in {dtype}, optimizer states over all devices (ZeRO-{zero_stage})"
+        states = f"{memory.STATE_BYTES} bytes a parameter over all devices, what is gathered whole in {dtype} (ZeRO-3)"
+    return f"{states}, and a chunk of the loss, or what it holds of the most tokens that fit"
 
 
 def _tera(cluster: Cluster, dtype: str) -> str:

@@ -23,9 +23,24 @@ def quadratic_s(shape: ModelShape, cluster: Cluster, dtype: str) -> float:
     return shape.attention_flops_per_square() / (cluster.peak_flops_per_s[dtype] * cluster.attention_efficiency)
 
 
-def linear_s(shape: ModelShape, cluster: Cluster, dtype: str) -> float:
-    """Seconds per token of everything else, on one device."""
-    return shape.linear_flops_per_token() / (cluster.peak_flops_per_s[dtype] * cluster.linear_efficiency)
+def linear_s(shape: ModelShape, cluster: Cluster, dtype: str, *, loss_in_chunks: bool = True) -> float:
+    """Seconds per token of everything else, on one device.
+
+    Args:
+        shape: the model.
+        cluster: the device.
+        dtype: what the model computes in.
+        loss_in_chunks: whether rows are above one chunk of the loss, so that the backward runs the head forward again.
+    """
+    flops = shape.linear_flops_per_token()
+    if loss_in_chunks:
+        flops += shape.flops_by_kind()["head"] // 3  # a forward is a third of forward and backward
+    return matrices_s(flops, cluster, dtype)
+
+
+def matrices_s(flops: float, cluster: Cluster, dtype: str) -> float:
+    """Seconds of so many FLOPs in matrix products, on one device."""
+    return flops / (cluster.peak_flops_per_s[dtype] * cluster.linear_efficiency)
 
 
 def gather_s(num_bytes: float, cluster: Cluster) -> float:

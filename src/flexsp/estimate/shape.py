@@ -180,12 +180,8 @@ class ModelShape:
             items["experts' tokens"] = 2 * chosen * self.hidden_size * itemsize
         return items
 
-    def logits_bytes_per_token(self, itemsize: int) -> int:
-        """The logits as computed, their copy in fp32 for the loss, and its gradient."""
-        return self.vocab_size * (itemsize + 2 * FP32_BYTES)
-
     def activation_bytes_per_token(self, policy: str = "none", itemsize: int = 2) -> int:
-        """Bytes that one token holds on its device under a policy, logits included.
+        """Bytes that one token holds in the layers on its device under a policy; `memory.loss_bytes` has the logits.
 
         - `none` keeps everything;
         - `selective` computes norms and the MLP's inner part again, and keeps attention;
@@ -198,17 +194,15 @@ class ModelShape:
         items = self.kept_bytes_per_layer(itemsize)
         layer = sum(items.values())
         if policy == "none":
-            layers = self.num_layers * layer
-        elif policy == "selective":
+            return self.num_layers * layer
+        if policy == "selective":
             again = sum(items.get(name, 0) for name in RECOMPUTED_BY_SELECTIVE)
-            layers = self.num_layers * (layer - again) + again
-        elif policy == "full":
-            layers = (self.num_layers - 1) * items["layer input"] + layer
-        elif policy == "offload":
-            layers = min(OFFLOAD_LAYERS, self.num_layers) * layer
-        else:
-            raise ValueError(f"policy={policy!r} is unknown; choose one of {', '.join(POLICIES)}")
-        return layers + self.logits_bytes_per_token(itemsize)
+            return self.num_layers * (layer - again) + again
+        if policy == "full":
+            return (self.num_layers - 1) * items["layer input"] + layer
+        if policy == "offload":
+            return min(OFFLOAD_LAYERS, self.num_layers) * layer
+        raise ValueError(f"policy={policy!r} is unknown; choose one of {', '.join(POLICIES)}")
 
 
 RECOMPUTED_BY_SELECTIVE = ("attention's norm", "MLP's norm", "MLP's inner", "experts' tokens")

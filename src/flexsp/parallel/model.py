@@ -37,7 +37,7 @@ def prepare_model(
         reduce_dtype: what gradients are reduced in; by default fp32 where `param_dtype` is given, else their own type.
         activation_checkpointing: policy "full" where a plan names none: recompute each layer in the backward.
         loss_chunk_tokens: the loss is computed for so many tokens at a time; None: for what fits
-            `flexsp.parallel.loss.LOGITS_BYTES`.
+            `flexsp.loss_chunks.LOGITS_BYTES`.
         shard_layers: gather parameters layer by layer; without, all at once, which is faster for a small model.
         reshard_after_forward: free a layer's gathered parameters between its forward and its backward (ZeRO-3).
         attention: the kernel of `flexsp.parallel.kernels` to use; None: the first that serves.
