@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 RANKS ?= 4
 ARGS ?=
 
-.PHONY: train test lint types clean paper
+.PHONY: train test lint types clean paper api
 
 train: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m flexsp train configs/quickstart.toml $(ARGS)
@@ -19,6 +19,10 @@ test: $(READY)
 # docs/paper.md: the paper's claims beside predictions, ten minutes; with LENGTHS=FILE on your lengths, into runs/paper.
 paper: $(READY)
 	$(BIN)/python benchmarks/paper.py $(if $(LENGTHS),--lengths "$(LENGTHS)") $(ARGS)
+
+# docs/api.md, from the docstrings.
+api: $(READY)
+	$(BIN)/python docs/make_api.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
