@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 import checkpoint_ranks as do
+from flexsp.train import safe_load
 from flexsp.train.checkpoint import FOLDER, PART, saved_checkpoints
 from flexsp.train.resume import find_start
 
@@ -143,3 +146,22 @@ def test_an_older_checkpoint_is_not_forked_below_a_newer_one(ranks, tmp_path):
         find_start(config)
     shutil.rmtree(newer)
     assert find_start(config).steps == 1
+
+
+class _ByGetattr:
+    """Pickles as an early Python 3.11 pickles a member of an enumeration."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_a_list_of_an_early_python_3_11_is_read_and_getattr_of_anything_else_is_not():
+    found = safe_load._Unpickler(io.BytesIO(pickle.dumps(_ByGetattr(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT"))))
+    assert found.load() is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for owner, name in ((_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__")):
+        evil = safe_load._Unpickler(io.BytesIO(pickle.dumps(_ByGetattr(owner, name))))
+        with pytest.raises(pickle.UnpicklingError, match=r"getattr of .* has no place in a checkpoint"):
+            evil.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import types
 from typing import Any
@@ -54,7 +55,7 @@ def test_on_cuda_the_fastest_that_serves(monkeypatch):
 @pytest.mark.parametrize(
     "name, changes, reason",
     [
-        ("flash-attn", {}, "flash_attn is not installed"),
+        ("flash-attn", {}, "it runs on CUDA, and tokens are on cpu"),
         ("varlen", {}, "it runs on CUDA, and tokens are on cpu"),
         ("varlen", {"softcap": 30.0}, "it has no softcap, which is 30.0"),
         ("varlen", {"dropout": True}, "it has no dropout"),
@@ -236,3 +237,25 @@ def test_on_cuda_a_kernel_equals_the_textbook_or_refuses(kernel, case):
         compare_attend(kernel, case, torch.bfloat16, 5e-2)
     if not kernel.refuses(case.need(torch.bfloat16)):
         compare_blocks(kernel, case, torch.bfloat16, 5e-2)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("2.7.4.post1", None),
+        ("2.10rc1", None),
+        ("2.6.3", "flash_attn 2.6.3 is older than 2.7"),
+        ("unknown", "is older"),
+    ],
+)
+def test_an_installed_flash_attn_is_judged_by_its_version(monkeypatch, version, said):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    found = flash._absent.__wrapped__()
+    assert found is None if said is None else said in found
+
+
+def test_a_folder_of_the_name_flash_attn_is_no_installation(monkeypatch, tmp_path):
+    """As flash-attn 4 and a source checkout on the path bring one."""
+    (tmp_path / "flash_attn").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert flash._absent.__wrapped__() == "flash_attn is not installed"

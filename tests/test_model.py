@@ -14,6 +14,7 @@ from transformers import (
 
 from flexsp.parallel import check_degrees, check_model, default_layouts, layouts_of
 from flexsp.parallel.attention import SPContext, flexsp_attention
+from flexsp.parallel.needs import Attention
 from flexsp.parallel.row import Row
 from flexsp.profile import Layout
 from reference import small_config
@@ -277,3 +278,21 @@ def test_attention_of_another_kind_is_refused_where_it_would_be_wrong():
     ]:
         with pytest.raises(ValueError, match=message):
             call(**arguments)
+
+
+def test_a_plan_is_refused_before_it_runs_where_no_kernel_computes_the_models_attention_in_it():
+    """Not inside of a layer, where the ranks of a ring alone would fail and others wait for them."""
+    alone, ring = Layout(ulysses=2, ring=1), Layout(ulysses=1, ring=2)
+    with_dropout = small_config(attention_dropout=0.1)
+    attention = Attention.of(with_dropout, "cpu", torch.float32, None)
+    attention.check([alone])
+    with pytest.raises(ValueError, match=r"dropout=True, .* no attention kernel computes this"):
+        attention.check([alone, ring])
+    with pytest.raises(ValueError, match="attention='typo' is unknown; choose one of varlen, flash-attn"):
+        Attention.of(with_dropout, "cpu", torch.float32, "typo")
+    from transformers import MistralConfig
+
+    mistral = MistralConfig(hidden_size=32, num_attention_heads=4, sliding_window=16)
+    windowed = Attention.of(mistral, "cuda", torch.bfloat16, "math")
+    assert {need.by_positions for need in windowed.in_ring} == {False, True}
+    windowed.check([alone, ring])

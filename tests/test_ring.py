@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from flexsp.data.packing import rank_indices
 from flexsp.parallel import GroupPool
-from flexsp.parallel.kernels import Need, Scores, choose
+from flexsp.parallel.kernels import Block, Kernel, Need, Scores, choose
 from flexsp.parallel.ring import ring_attention
 from flexsp.parallel.row import Row
 from flexsp.plans import Group, MicroBatch, Plan
@@ -78,9 +78,12 @@ def on_a_ring(size: int, kind: dict[str, Any], dtype: torch.dtype, transport: st
     held = [x[own].requires_grad_() for x in row]
     sinks.requires_grad_()
     scores = Scores(scaling=kind["scaling"], window=kind["window"], softcap=kind["softcap"])
-    need = Need.of(held[0], held[2], scores, by_positions=kind["window"] is not None, blocks=True)
+
+    def kernel_for(block: Block) -> Kernel:
+        return choose(Need.of(held[0], held[2], scores, by_positions=block.by_positions, blocks=True))
+
     out = ring_attention(
-        *held, Row(LENGTHS, size, rank, torch.device("cpu")), ring, choose(need), scores,
+        *held, Row(LENGTHS, size, rank, torch.device("cpu")), ring, kernel_for, scores,
         sinks if kind["sinks"] else None,
     )  # fmt: skip
     out.backward(dout[own])

@@ -127,7 +127,7 @@ def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is
     assert done.returncode == 0, done.stderr[-3000:]
     assert "more.json: for 2 devices from a profile of 4: model_state_bytes sharded evenly" in done.stdout
     plans = [json.loads(line) for line in (folder / "more" / "plans.jsonl").read_text().splitlines()]
-    policies = {micro_batch["policy"] for plan in plans for micro_batch in plan["micro_batches"]}
+    policies = {micro_batch["policy"] for row in plans for micro_batch in row["plan"]["micro_batches"]}
     assert "full" in policies
     assert "memory: a rank holds" in done.stdout and "under policy full" in done.stdout
     rows = [json.loads(line) for line in (folder / "more/metrics.jsonl").read_text().splitlines()]

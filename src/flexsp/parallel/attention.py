@@ -9,6 +9,7 @@ Letters: t = tokens on this rank, N = heads, K = KV heads, H = head_dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from flexsp.parallel.channels import Channel
 from flexsp.parallel.exchange import gather_heads, scatter_heads
-from flexsp.parallel.kernels import Need, Scores, choose
+from flexsp.parallel.kernels import Block, Kernel, Need, Scores, choose
 from flexsp.parallel.ring import ring_attention
 from flexsp.parallel.row import Row
 
@@ -79,7 +80,7 @@ def flexsp_attention(
         s_aux: (N,) attention sinks.
 
     Returns:
-        (1, t, N, H) and None for the weights.
+        (1, t, N, head_dim of the values) and None for the weights.
 
     Raises:
         ValueError: called without a context, or for attention that is not computed.
@@ -108,9 +109,17 @@ def flexsp_attention(
     if share == 0:
         # The filler token attends to itself, so that every parameter gets a gradient (of zeros). The empty exchange
         # stays in the graph: the group's other ranks wait for this one in its backward.
-        alone = SPContext(row=Row((1,), 1, 0, q.device), heads=None, ring=None, shares=(1,), kernel=context.kernel)
+        alone = SPContext(
+            row=_one_token(q.device), heads=None, ring=None, shares=(1,), kernel=context.kernel, used=context.used
+        )
         out = torch.cat([out, _attend(q, k, v, alone, scores, dropout, s_aux)])
     return out.unsqueeze(0).contiguous(), None  # some models take views of it
+
+
+@lru_cache(maxsize=1)
+def _one_token(device: torch.device) -> Row:
+    """The row of a filler token."""
+    return Row((1,), 1, 0, device)
 
 
 def _check_arguments(module: torch.nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:
@@ -136,13 +145,16 @@ def _attend(
     dropout: float,
     sinks_N: Tensor | None,
 ) -> Tensor:
-    """Attention over the ring, or over the whole row where there is none, with the kernel that serves it."""
+    """Attention over the ring, or over the whole row where there is none, by the kernels that serve it."""
     blocks = context.ring is not None or sinks_N is not None
-    by_positions = context.ring is not None and scores.window is not None
-    need = Need.of(q_tNH, v_tKV, scores, by_positions=by_positions, blocks=blocks, dropout=dropout)
-    kernel = choose(need, context.kernel)
-    context.used.add(kernel.name)
+
+    def kernel_for(block: Block) -> Kernel:
+        need = Need.of(q_tNH, v_tKV, scores, by_positions=block.by_positions, blocks=blocks, dropout=dropout)
+        kernel = choose(need, context.kernel)
+        context.used.add(kernel.name)
+        return kernel
+
     if blocks:
-        return ring_attention(q_tNH, k_tKH, v_tKV, context.row, context.ring, kernel, scores, sinks_N)
+        return ring_attention(q_tNH, k_tKH, v_tKV, context.row, context.ring, kernel_for, scores, sinks_N)
     (whole,) = context.row.meetings(0, scores.window)
-    return kernel.attend(q_tNH, k_tKH, v_tKV, whole.block, scores, dropout)
+    return kernel_for(whole.block).attend(q_tNH, k_tKH, v_tKV, whole.block, scores, dropout)

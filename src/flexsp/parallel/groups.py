@@ -37,9 +37,7 @@ class GroupPool:
         Raises:
             ValueError: no such transport.
         """
-        self._device = torch.device("cpu")
-        if "nccl" in dist.get_backend_config():
-            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._device = own_device()
         self.transport = transport or DEFAULT_TRANSPORT[self._device.type]
         """"groups" or "peers"."""
         if self.transport not in TRANSPORTS:
@@ -134,6 +132,13 @@ class GroupPool:
             raise ValueError(f"ranks={ranks} do not hold this rank {dist.get_rank()}; ask for a channel of its own")
         ring_rank, ulysses_rank = divmod(ranks.index(dist.get_rank()), layout.ulysses)
         return self.channel(_heads(ranks, layout, ring_rank)), self.channel(_ring(ranks, layout, ulysses_rank))
+
+
+def own_device() -> torch.device:
+    """What this rank's tensors are exchanged on: its current GPU where NCCL is among the backends, else the CPU."""
+    if "nccl" in dist.get_backend_config():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def channel_ranks(ranks: Ranks, layout: Layout | None) -> Iterator[Ranks]:

@@ -12,6 +12,8 @@ from flexsp.parallel import clock, loss, policies
 from flexsp.parallel.attention import NAME
 from flexsp.parallel.check import check_model
 from flexsp.parallel.experts import give_experts_gradients
+from flexsp.parallel.groups import own_device
+from flexsp.parallel.needs import Attention
 from flexsp.parallel.policies import FULL, NONE
 
 
@@ -51,8 +53,9 @@ def prepare_model(
     """
     check_model(model, exact)
     mesh = mesh or make_mesh()
+    computed = param_dtype or next(model.parameters()).dtype
+    object.__setattr__(model, "_flexsp_attention", Attention.of(model.config, mesh.device_type, computed, attention))
     model.set_attn_implementation(NAME)
-    object.__setattr__(model, "_flexsp_kernel", attention)
     if reduce_dtype is None and param_dtype is not None:
         reduce_dtype = torch.float32
     types = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
@@ -79,7 +82,7 @@ def make_mesh(replicate: int = 1) -> DeviceMesh:
     Raises:
         ValueError: `replicate` does not divide the number of ranks.
     """
-    device_type = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    device_type = own_device().type
     world_size = dist.get_world_size()
     if replicate < 1 or world_size % replicate:
         fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
@@ -90,7 +93,9 @@ def make_mesh(replicate: int = 1) -> DeviceMesh:
     return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
-def kernel_of(model: torch.nn.Module) -> str | None:
-    """The attention kernel that a prepared model was told to use."""
-    kernel: str | None = getattr(model, "_flexsp_kernel", None)
-    return kernel
+def attention_of(model: torch.nn.Module) -> Attention:
+    """What a prepared model's layers ask of attention kernels."""
+    attention = getattr(model, "_flexsp_attention", None)
+    if not isinstance(attention, Attention):
+        raise ValueError(f"model={type(model).__name__} has not been prepared; call prepare_model first")
+    return attention

@@ -45,7 +45,8 @@ class Policies:
         self.default = self.current = default
         self._kind = kind
         self._recipes, self._offloader = Recipes(), Offloader(device)
-        self._without_mlp = not layers or any(not mlps_of(layer) for layer in layers)
+        self._without_layers = not layers
+        self._without_mlp = any(not mlps_of(layer) for layer in layers)
         for layer in layers:
             mlps = mlps_of(layer)
             for norm in norms_of(layer, mlps):
@@ -63,6 +64,8 @@ class Policies:
         """Why the model does not run a policy; None where it does."""
         if policy not in POLICIES:
             return f"policy={policy!r} is unknown; choose one of {', '.join(POLICIES)}"
+        if policy != NONE and self._without_layers:
+            return f"policy={policy!r}: {self._kind} does not say what its layers are (_no_split_modules); use none"
         if policy == SELECTIVE and self._without_mlp:
             return f"policy={policy!r}: the layers of {self._kind} have no MLP of their own to compute again; use full"
         return None

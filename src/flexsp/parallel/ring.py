@@ -16,14 +16,14 @@ An attention sink is a score that takes part in the denominator alone: lse' = lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexsp.parallel.channels import Channel
-from flexsp.parallel.kernels import Kernel, Scores
+from flexsp.parallel.kernels import Block, Kernel, Scores, wide_dtype
 from flexsp.parallel.row import Row
 
 
@@ -33,7 +33,7 @@ def ring_attention(
     v_tKV: Tensor,
     row: Row,
     ring: Channel | None,
-    kernel: Kernel,
+    kernel_for: Callable[[Block], Kernel],
     scores: Scores,
     sinks_N: Tensor | None = None,
 ) -> Tensor:
@@ -45,14 +45,14 @@ def ring_attention(
         v_tKV: (t, K, V).
         row: how the sequences lie on the ring.
         ring: the ring's ranks; None where it has one.
-        kernel: that computes blocks.
+        kernel_for: the kernel that computes a block.
         scores: how queries and keys become weights.
         sinks_N: (N,) a score that every token of a head sees beside its keys, or None.
 
     Returns:
         (t, N, V) in the type of the queries.
     """
-    out: Tensor = _Ring.apply(q_tNH, k_tKH, v_tKV, sinks_N, row, ring, kernel, scores)  # type: ignore[no-untyped-call]
+    out: Tensor = _Ring.apply(q_tNH, k_tKH, v_tKV, sinks_N, row, ring, kernel_for, scores)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -66,15 +66,16 @@ class _Ring(torch.autograd.Function):
         sinks: Tensor | None,
         row: Row,
         ring: Channel | None,
-        kernel: Kernel,
+        kernel_for: Callable[[Block], Kernel],
         scores: Scores,
     ) -> Tensor:
-        k, v = k.contiguous(), v.contiguous()
-        out = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=_wide(q))
-        lse = q.new_full(q.shape[:2], -torch.inf, dtype=_wide(q))
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # they may be views of what all-to-all received
+        out = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=wide_dtype(q))
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=wide_dtype(q))
         for source, (k_source, v_source) in _around((k, v), row, ring):
             for meeting in row.meetings(source, scores.window):
                 queries, keys = meeting.queries, meeting.keys
+                kernel = kernel_for(meeting.block)
                 part = kernel.forward(q[queries], k_source[keys], v_source[keys], meeting.block, scores)
                 _merge(out[queries], lse[queries], *part)
         if sinks is not None:
@@ -83,20 +84,20 @@ class _Ring(torch.autograd.Function):
             lse = with_sinks
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.row, ctx.ring, ctx.kernel, ctx.scores = row, ring, kernel, scores
+        ctx.row, ctx.ring, ctx.kernel_for, ctx.scores = row, ring, kernel_for, scores
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks = ctx.saved_tensors
-        row, ring, kernel, scores = ctx.row, ctx.ring, ctx.kernel, ctx.scores
-        dout, wide = grads[0].contiguous(), _wide(q)
+        row, ring, kernel_for, scores = ctx.row, ctx.ring, ctx.kernel_for, ctx.scores
+        dout, wide = grads[0].contiguous(), wide_dtype(q)
         dq, dkv, pending = torch.zeros_like(q, dtype=wide), [], None
         for source, (k_source, v_source) in _around((k, v), row, ring):
             own = [torch.zeros_like(x, dtype=wide) for x in (k_source, v_source)]
             for meeting in row.meetings(source, scores.window):
                 queries, keys = meeting.queries, meeting.keys
-                part = kernel.backward(
+                part = kernel_for(meeting.block).backward(
                     dout[queries], q[queries], k_source[keys], v_source[keys], out[queries], lse[queries],
                     meeting.block, scores,
                 )  # fmt: skip
@@ -114,10 +115,6 @@ class _Ring(torch.autograd.Function):
             pending.wait()
         dsinks = None if sinks is None else _sinks_gradient(sinks, dout, out, lse)
         return dq.to(q.dtype), dkv[0].to(k.dtype), dkv[1].to(v.dtype), dsinks, None, None, None, None
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _around(tensors: Sequence[Tensor], row: Row, ring: Channel | None) -> Iterator[tuple[int, list[Tensor]]]:

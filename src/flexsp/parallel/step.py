@@ -16,7 +16,7 @@ from flexsp.parallel.attention import SPContext
 from flexsp.parallel.clock import MicroBatchTime, clock_of
 from flexsp.parallel.groups import GroupPool
 from flexsp.parallel.layouts import check_degrees
-from flexsp.parallel.model import kernel_of
+from flexsp.parallel.model import attention_of
 from flexsp.parallel.policies import policies_of
 from flexsp.parallel.row import Row
 
@@ -87,8 +87,8 @@ def _read(model: PreTrainedModel, batch: PlannedBatch) -> list[RankMicroBatch]:
     """This rank's tokens, once it is known that the step can run.
 
     Raises:
-        ValueError: the plan is for another world size, a degree's layout does not fit it or the model's heads, or the
-            model does not run a policy.
+        ValueError: the plan is for another world size, a degree's layout does not fit it or the model's heads, no
+            kernel computes the model's attention in it, or the model does not run a policy.
     """
     world_size = dist.get_world_size()
     if batch.plan.num_devices != world_size:
@@ -97,6 +97,7 @@ def _read(model: PreTrainedModel, batch: PlannedBatch) -> list[RankMicroBatch]:
         )
     degrees = {degree for micro_batch in batch.plan.micro_batches for degree in micro_batch.sp_degrees}
     check_degrees(degrees, model.config, world_size, batch.layouts)
+    attention_of(model).check({batch.layout(degree) for degree in degrees})
     policies_of(model).check(micro_batch.policy for micro_batch in batch.plan.micro_batches)
     return batch.for_rank(dist.get_rank())
 
@@ -115,7 +116,7 @@ def _context(model: PreTrainedModel, micro_batch: RankMicroBatch, groups: GroupP
         heads=heads,
         ring=ring,
         shares=micro_batch.shares[ring_rank * layout.ulysses : (ring_rank + 1) * layout.ulysses],
-        kernel=kernel_of(model),
+        kernel=attention_of(model).kernel,
     )
 
 

@@ -31,6 +31,7 @@ from flexsp.profiler.measure import (
     Limit,
     Measured,
     alone_bytes_per_s,
+    degree_factor,
     exchange_alone,
     from_first_rank,
     make_profile,
@@ -132,6 +133,7 @@ def measure_layers(
         optimizer_s=first.optimizer_s * weights_dtype.itemsize * shape.num_parameters / devices / first.shard_bytes,
         state_bytes=state_bytes,
         activation_bytes_per_token=per_token,
+        degree_factor=first.degree_factor,
         residual_bytes=residual_bytes,
         policies=policies_by_parts(
             [each.policies for each in done],
@@ -162,6 +164,7 @@ class _PartDone:
     splits: Splits
     optimizer_s: float
     peaks: PeakFit
+    degree_factor: float
     policies: Mapping[str, PolicyReading]
     shard_bytes: int
 
@@ -197,6 +200,7 @@ def _run_part(
         splits=splits,
         optimizer_s=probe.optimizer_s() if first else 0.0,
         peaks=peaks_of(probe),
+        degree_factor=degree_factor(probe, tokens, degrees) if first and room_bytes is not None else 1.0,
         policies=read_policies(probe, policies, tokens, peaks_of, track, timed=not full_head),
         shard_bytes=shard_bytes(probe.model),
     )

@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -31,7 +31,15 @@ import flexsp
 from flexsp.parallel import GroupPool, check_degrees, default_layouts
 from flexsp.profile import AllToAll, Compute, Memory, Policy, Profile
 from flexsp.profiler.fit import Fit
-from flexsp.profiler.memory import LEAST_MARGIN, OPTIMIZER_COPIES, PeakFit, memory_limit, peak_fit, shard_bytes
+from flexsp.profiler.memory import (
+    LEAST_MARGIN,
+    OPTIMIZER_COPIES,
+    PeakFit,
+    held_bytes,
+    memory_limit,
+    peak_fit,
+    shard_bytes,
+)
 from flexsp.profiler.points import Mix, Part, Point, fit_points, held_out_mixes
 from flexsp.profiler.policies import at_rest_bytes, measurable, read_policies, residual_bytes, whole_policies
 from flexsp.profiler.probe import Probe, Reading, Track, silent
@@ -67,6 +75,9 @@ class Measured:
     optimizer_s: float
     state_bytes: float
     activation_bytes_per_token: float
+    """At degree 1."""
+    degree_factor: float
+    """How much more a token takes at the degree that holds most."""
     residual_bytes: float
     policies: Mapping[str, Policy] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -131,6 +142,7 @@ def measure_profile(
         tokens = max(tokens, min(most, held))
     splits = measured_splits(probe, tokens, sp_degrees, track)
     probe.layouts = splits.layouts
+    factor = degree_factor(probe, tokens, sp_degrees) if room_bytes is not None else 1.0
     mixes = held_out_mixes(tokens, sp_degrees, probe.world_size, HELD_OUT)
     readings, tried = read_points(probe, fit_points(tokens, sp_degrees), mixes, track)
     alone = exchange_alone(probe, tokens, sp_degrees, dtype)
@@ -150,6 +162,7 @@ def measure_profile(
         activation_bytes_per_token=peaks.bytes_per_token,
         residual_bytes=max(peaks.residual_bytes, residual_bytes([under])),
         policies=whole_policies(under),
+        degree_factor=factor,
     )
     return from_first_rank(lambda: make_profile(measured, sp_degrees, probe.device, limit, began), groups)
 
@@ -206,12 +219,25 @@ def measured_peaks(probe: Probe, tokens: int, room_bytes: float | None) -> PeakF
     )
 
 
+def degree_factor(probe: Probe, tokens: int, degrees: Sequence[int]) -> float:
+    """How much more of a token a rank holds at the degree that holds most than at degree 1, of which peaks are taken.
+
+    Degrees above 1 hold what they exchange, repeated KV heads, and the keys and gradients that go around a ring.
+    """
+    held: dict[int, float] = {}
+    for degree in sorted({1, *degrees}):
+        probe.run(tokens, degree)  # makes what is made once
+        held[degree] = probe.largest(held_bytes(partial(probe.run, tokens, degree), probe.device))
+    return max(each / held[1] for each in held.values())
+
+
 def make_profile(
     measured: Measured, degrees: Sequence[int], device: torch.device, limit: Limit, began: float
 ) -> Profile:
     """The profile of what was measured; `began`: `time.perf_counter()` at the start."""
     world_size, per_node = dist.get_world_size(), ranks_per_node()
-    per_token, state_bytes = math.ceil(measured.activation_bytes_per_token), math.ceil(measured.state_bytes)
+    per_token = math.ceil(measured.activation_bytes_per_token * measured.degree_factor)
+    state_bytes = math.ceil(measured.state_bytes)
     limit_bytes, said = memory_limit(device, limit.fraction, per_node)
     margin_bytes = max(2.0 * measured.residual_bytes, LEAST_MARGIN[device.type] * limit_bytes)
     memory_bytes = limit_bytes - margin_bytes
@@ -245,7 +271,10 @@ def make_profile(
             memory_bytes=int(memory_bytes),
             model_state_bytes=state_bytes,
             activation_bytes_per_token=per_token,
-            policies=measured.policies,
+            policies={
+                name: replace(p, activation_bytes_per_token=p.activation_bytes_per_token * measured.degree_factor)
+                for name, p in measured.policies.items()
+            },
         ),
         layouts=measured.splits.layouts,
         optimizer_s=measured.optimizer_s,
@@ -263,6 +292,7 @@ def make_profile(
             "memory_limit": said,
             **artificial,
             "margin_bytes": int(margin_bytes),
+            "memory_of_degrees": round(measured.degree_factor, 4),
             "measured_in_s": round(time.perf_counter() - began, 1),
             "fit": {
                 "points": len(residuals),

@@ -177,6 +177,16 @@ class LiveTensors(TorchDispatchMode):
         self.most_bytes = max(self.most_bytes, self.live_bytes)
 
 
+def held_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that `run` held beyond what was there before: from the allocator, or on a CPU of live tensors."""
+    if device.type == "cpu":
+        return most_live_bytes(run)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def most_live_bytes(run: Callable[[], object]) -> int:
     """The most bytes that the tensors made by `run`, on a CPU, held at a time."""
     tensors = LiveTensors()

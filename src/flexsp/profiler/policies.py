@@ -39,7 +39,7 @@ class PolicyReading:
 
     peaks: PeakFit
     pairs: tuple[Pair, ...]
-    """None where only peaks were measured."""
+    """Empty where only peaks were measured."""
 
 
 class ProbeUnder(Probe):

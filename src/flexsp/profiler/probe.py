@@ -81,11 +81,11 @@ class Probe:
         """Seconds of the slowest rank, without a warm-up."""
         return timed_step(self.model, self.batch(mixes), self.groups)
 
-    def run(self, tokens: int) -> None:
-        """Forward and backward of a row of so many tokens on every rank, by itself, in sequences of `ROW_LENGTH`."""
-        whole, rest = divmod(tokens, ROW_LENGTH)
+    def run(self, tokens: int, degree: int = 1) -> None:
+        """Forward and backward of rows of so many tokens a rank, in sequences of `ROW_LENGTH`, at a degree."""
+        whole, rest = divmod(tokens * degree, ROW_LENGTH)
         row = (ROW_LENGTH,) * whole + ((rest,) if rest else ())
-        timed_step(self.model, self.batch(Point(1, row).mixes(self.world_size)), self.groups)
+        timed_step(self.model, self.batch(Point(degree, row).mixes(self.world_size)), self.groups)
 
     def largest(self, own: float) -> float:
         """The largest of what the ranks say."""

@@ -231,8 +231,8 @@ def _measured_profile(config: Config, model: PreTrainedModel, groups: GroupPool,
     measure = partial(measure_profile, model, groups, track=display.tell, **settings)
     knobs = (
         "weights", "reduce_dtype", "activation_checkpointing", "loss_chunk_tokens", "shard_layers",
-        "reshard_after_forward", "replicate",
+        "reshard_after_forward", "replicate", "attention",
     )  # fmt: skip
     wiring = {key: getattr(config.model, key) for key in knobs}
-    saved = profile_path(planner.profile_dir, model, {**settings, **wiring})
+    saved = profile_path(planner.profile_dir, model, {**settings, **wiring, "transport": groups.transport})
     return load_or_measure(saved, measure, groups.control)

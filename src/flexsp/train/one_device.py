@@ -35,6 +35,8 @@ class Difference:
     """Of the worst parameter: the norm of the difference over the norm."""
     parameter: str
     """That parameter's name."""
+    kernels: frozenset[str]
+    """The attention kernels that rank 0 used."""
 
 
 def one_device(model: Any, batch: PlannedBatch) -> tuple[float, dict[str, Tensor]]:
@@ -98,6 +100,7 @@ def difference(
             loss_difference=abs(result.loss - loss) / abs(loss),
             gradient_difference=worst,
             parameter=where,
+            kernels=result.kernels,
         )
 
     return from_first_rank(compared, groups)

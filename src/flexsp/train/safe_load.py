@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 MODULES = (
@@ -58,8 +58,17 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
+def _memory_format(kind: Any, name: str) -> Any:
+    """What Python 3.11.0 to 3.11.3 pickle a member of an enumeration by, `getattr`, for the only one that is here."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"getattr of {kind!r} has no place in a checkpoint's list of tensors")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         found = super().find_class(module, name) if module in MODULES or (module, name) in NAMES else None
         if found is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
             found = getattr(torch, name)

@@ -199,7 +199,7 @@ def _worst(model: PreTrainedModel, device: torch.device, say: Say) -> tuple[floa
         found = difference(prepared, replace(batch, layouts=layouts), groups, *expected)
         say(
             f"{batch.plan}, {ways}: loss {found.loss:.6f}, off by {found.loss_difference:.1e}; gradients off by at "
-            f"most {found.gradient_difference:.1e} ({found.parameter})"
+            f"most {found.gradient_difference:.1e} ({found.parameter}); attention by {', '.join(sorted(found.kernels))}"
         )
         worst = (_larger(worst[0], found.loss_difference), _larger(worst[1], found.gradient_difference))
     return worst

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
+import re
 from functools import cache
 from typing import Any
 
@@ -30,12 +30,9 @@ class FlashAttn(Kernel):
     name = "flash-attn"
 
     def refuses(self, need: Need) -> str | None:
-        absent = _absent()
-        if absent:
-            return absent
         if need.dropout and (need.blocks or need.softcap is not None):
             return "its dropout goes neither with blocks nor with softcap"
-        return flash_refuses(need)
+        return flash_refuses(need) or _absent()
 
     def attend(
         self, q_TNH: Tensor, k_SKH: Tensor, v_SKV: Tensor, block: Block, scores: Scores, dropout: float = 0.0
@@ -101,10 +98,12 @@ def _masking(block: Block, scores: Scores) -> dict[str, Any]:
 
 @cache
 def _absent() -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
+    try:  # and not by the folder: flash-attn 4 has one of that name, with other functions
+        version = importlib.metadata.version("flash_attn")
+    except importlib.metadata.PackageNotFoundError:
         return "flash_attn is not installed"
-    version = importlib.metadata.version("flash_attn")
-    if tuple(int(part) for part in version.split(".")[:2]) < LEAST_VERSION:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < LEAST_VERSION:
         return f"flash_attn {version} is older than {'.'.join(map(str, LEAST_VERSION))}"
     return None
 

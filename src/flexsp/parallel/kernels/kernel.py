@@ -144,6 +144,11 @@ class Need:
         )  # fmt: skip
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """What sums over the keys are in: fp32 for half precision and fp32, fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class Kernel(ABC):
     """One way to compute attention. One instance each, without state; ask `choose` for the one that serves."""
 

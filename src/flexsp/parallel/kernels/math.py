@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexsp.parallel.kernels.kernel import Block, Kernel, Need, Scores
+from flexsp.parallel.kernels.kernel import Block, Kernel, Need, Scores, wide_dtype
 from flexsp.parallel.kernels.visible import Chunk, chunks
 
 ELEMENTS = 1 << 24
@@ -32,7 +32,7 @@ class Math(Kernel):
     ) -> tuple[Tensor, Tensor]:
         T, N, _ = q_TNH.shape
         out_TNV = q_TNH.new_zeros(T, N, v_SKV.shape[-1])
-        lse_TN = q_TNH.new_full((T, N), -torch.inf, dtype=_compute_dtype(q_TNH))
+        lse_TN = q_TNH.new_full((T, N), -torch.inf, dtype=wide_dtype(q_TNH))
         for chunk in chunks(block, scores, ELEMENTS // N):
             q, k, v = _by_kv_head(q_TNH[chunk.queries], k_SKH[chunk.keys], v_SKV[chunk.keys])
             capped, _ = _capped_scores(q, k, scores)
@@ -52,7 +52,7 @@ class Math(Kernel):
         block: Block,
         scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        N, dtype = q_TNH.shape[1], _compute_dtype(q_TNH)
+        N, dtype = q_TNH.shape[1], wide_dtype(q_TNH)
         dq_TNH = torch.zeros_like(q_TNH)
         dk_SKH, dv_SKV = (torch.zeros_like(x, dtype=dtype) for x in (k_SKH, v_SKV))
         for chunk in chunks(block, scores, ELEMENTS // N):
@@ -76,13 +76,9 @@ class Math(Kernel):
 MATH = Math()
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _by_kv_head(q_tNH: Tensor, k_sKH: Tensor, v_sKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(K, G*t, H), (K, s, H), (K, s, V): one matrix product per KV head serves its G query heads."""
-    dtype = _compute_dtype(q_tNH)
+    dtype = wide_dtype(q_tNH)
     k, v = (x.to(dtype).transpose(0, 1) for x in (k_sKH, v_sKV))
     return _query_heads(q_tNH.to(dtype), k.shape[0]), k, v
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexsp.parallel.kernels.kernel import Block, Kernel, Need, Scores
+from flexsp.parallel.kernels.kernel import Block, Kernel, Need, Scores, wide_dtype
 from flexsp.parallel.kernels.math import MATH
 from flexsp.parallel.kernels.visible import Chunk, chunks, cutting_window
 
@@ -54,7 +54,7 @@ class Sdpa(Kernel):
     ) -> tuple[Tensor, Tensor]:
         T, N, V = *q_TNH.shape[:2], v_SKV.shape[-1]
         out_TNV = q_TNH.new_zeros(T, N, V)
-        lse_TN = q_TNH.new_full((T, N), -torch.inf, dtype=_sum_dtype(q_TNH))
+        lse_TN = q_TNH.new_full((T, N), -torch.inf, dtype=wide_dtype(q_TNH))
         q, k, v = _for_cpu_kernel(q_TNH, k_SKH, v_SKV)
         for chunk, causal in _calls(block, scores):
             rows, keys = chunk.queries, chunk.keys
@@ -81,9 +81,9 @@ class Sdpa(Kernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = q_TNH.dtype
         q, k, v, dout, out = _for_cpu_kernel(q_TNH, k_SKH, v_SKV, dout_TNV.to(dtype), out_TNV.to(dtype))
-        lse_NT = lse_TN.to(_sum_dtype(q_TNH)).masked_fill(lse_TN.isneginf(), 0.0).transpose(0, 1).unsqueeze(0)
+        lse_NT = lse_TN.to(wide_dtype(q_TNH)).masked_fill(lse_TN.isneginf(), 0.0).transpose(0, 1).unsqueeze(0)
         dq_TNH = torch.zeros_like(q)
-        dk_SKH, dv_SKV = (torch.zeros_like(x, dtype=_sum_dtype(q_TNH)) for x in (k, v))
+        dk_SKH, dv_SKV = (torch.zeros_like(x, dtype=wide_dtype(q_TNH)) for x in (k, v))
         for chunk, causal in _calls(block, scores):
             rows, keys = chunk.queries, chunk.keys
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -156,7 +156,3 @@ def _heads_first(x_TNH: Tensor) -> Tensor:
 
 def _tokens_first(x_1NTH: Tensor) -> Tensor:
     return x_1NTH.squeeze(0).transpose(0, 1)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
