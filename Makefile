@@ -34,7 +34,7 @@ types: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flexsp needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,milp,plot,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,datasets,tensorboard,milp,plot,dev]'
 	@echo "Compiling the planner's kernels, once ..."
 	@printf '64000\n900\n' | $(BIN)/flexsp plan - --profile examples/profiles/gpt-7b-64xa100.json > /dev/null
 	@touch $@
