@@ -34,7 +34,7 @@ from flexsp.data import PlannedBatch
 from flexsp.estimate import model_shape
 from flexsp.estimate.shape import POLICIES
 from flexsp.parallel import GroupPool, prepare_model
-from flexsp.profiler.measure import device_name
+from flexsp.profiler.make import device_name
 from flexsp.profiler.memory import most_live_bytes
 from flexsp.profiler.parts import build_part, read_model_config
 from flexsp.profiler.points import Part, Point

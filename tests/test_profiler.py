@@ -10,7 +10,7 @@ from equality_ranks import pool
 from flexsp.parallel import prepare_model
 from flexsp.profile import Layout
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
-from flexsp.profiler.measure import exchange_bytes_per_token, exchange_columns
+from flexsp.profiler.make import exchange_bytes_per_token, exchange_columns
 from flexsp.profiler.memory import memory_limit
 from flexsp.profiler.splits import fastest
 from reference import build, small_config

@@ -26,15 +26,13 @@ from flexsp.estimate import ModelShape, model_shape
 from flexsp.parallel import GroupPool, check_degrees, default_layouts, prepare_model
 from flexsp.profile import Profile
 from flexsp.profiler.fit import Fit
+from flexsp.profiler.make import Limit, Measured, make_profile
 from flexsp.profiler.measure import (
     HELD_OUT,
-    Limit,
-    Measured,
     alone_bytes_per_s,
     degree_factor,
     exchange_alone,
     from_first_rank,
-    make_profile,
     measured_peaks,
     read_points,
 )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import flexsp
 from flexsp.profile import Profile
-from flexsp.profiler.measure import device_name
+from flexsp.profiler.make import device_name
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from flexsp.estimate import estimate_profile, load_cluster, model_shape
 from flexsp.parallel import GroupPool, powers_of_two
 from flexsp.profile import Profile
 from flexsp.profiler.layers import measure_layers
-from flexsp.profiler.measure import PROBE_TOKENS, ranks_per_node
+from flexsp.profiler.make import ranks_per_node
+from flexsp.profiler.measure import PROBE_TOKENS
 from flexsp.profiler.memory import memory_limit
 from flexsp.profiler.mixed import fill_from_estimate
 from flexsp.profiler.parts import needed_bytes, read_model_config
