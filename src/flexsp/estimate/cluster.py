@@ -32,6 +32,8 @@ class Cluster:
     """How many devices an estimate is for, unless it says otherwise."""
     link_topology: str
     """How devices of a node are joined: `switch` gives any pair the whole rate, `mesh` one link per pair."""
+    device_names: tuple[str, ...] = ()
+    """What torch and the driver call the device, to the letter: another form of it may have another peak."""
 
     # ---- the data sheets
     memory_bytes: float
@@ -147,6 +149,20 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
         raise ValueError(f"{text}: is not text; give a cluster file in TOML") from None
 
 
+def known_peak(device_name: str, dtype: str) -> float | None:
+    """Peak FLOPs per second of a device by what torch calls it, by its data sheet; None where no cluster file names it.
+
+    Args:
+        device_name: of `torch.cuda.get_device_name`.
+        dtype: what is computed in; float32 is without TF32, as torch has it by default.
+    """
+    for name in cluster_names():
+        cluster = load_cluster(name)
+        if device_name in cluster.device_names:
+            return cluster.peak_flops_per_s.get(dtype)
+    return None
+
+
 def _parse(content: str, where: str) -> Cluster:
     try:
         document = tomllib.loads(content)
@@ -166,6 +182,10 @@ def _parse(content: str, where: str) -> Cluster:
             devices_per_node=per_node,
             num_devices=jf.as_integer(document.get("num_devices", per_node), f"{where}: num_devices", 1),
             link_topology=jf.as_string(document.get("link_topology", "switch"), f"{where}: link_topology"),
+            device_names=tuple(
+                jf.as_string(name, f"{where}: device_names")
+                for name in jf.as_list(document.get("device_names", []), f"{where}: device_names")
+            ),
             peak_flops_per_s={dtype: sheet.number(f"{dtype}_flops_per_s") for dtype in DTYPES},
             sources=sources,
             **figures,
