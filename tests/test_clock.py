@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from channel_pools import channel_of_all
+from channel_pools import pool as pool_of
 from equality_ranks import make_batch, pool
 from flexsp.parallel import forward_backward, loss, prepare_model
-from flexsp.parallel.clock import BusyClock, clock_of
+from flexsp.parallel.clock import BusyClock, ExchangeClock, clock_of
 from flexsp.plans import Group, MicroBatch, Plan
 from reference import build, small_config
 
@@ -25,8 +27,8 @@ PLAN = Plan(
 )
 
 
-def logical_times(**prepare) -> tuple[list[tuple[float, float]], int]:
-    """Elapsed and busy ticks of each micro-batch of PLAN, and the model's layers."""
+def logical_times(**prepare) -> tuple[list[tuple[float, float, float]], int]:
+    """Elapsed, busy and exchange ticks of each micro-batch of PLAN, and the model's layers."""
     ticks = [0]
     patch = pytest.MonkeyPatch()
 
@@ -42,12 +44,13 @@ def logical_times(**prepare) -> tuple[list[tuple[float, float]], int]:
         patch.setattr(dist, name, taking(getattr(dist, name, None), GATHER), raising=False)
     patch.setattr(dist, "all_to_all_single", taking(dist.all_to_all_single, EXCHANGE))
     patch.setattr(loss, "cross_entropy_sum", taking(loss.cross_entropy_sum, LOSS))
-    patch.setattr(BusyClock, "_now", lambda self: float(ticks[0]))
+    for kind in (BusyClock, ExchangeClock):
+        patch.setattr(kind, "_now", lambda self: float(ticks[0]))
     try:
         times = forward_backward(model, make_batch([20, 9, 12], PLAN, seed=0, masked=0.0), pool()).times
     finally:
         patch.undo()
-    return [(t.elapsed_s, t.busy_s) for t in times], model.config.num_hidden_layers
+    return [(t.elapsed_s, t.busy_s, t.exchange_s) for t in times], model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize(
@@ -63,11 +66,13 @@ def logical_times(**prepare) -> tuple[list[tuple[float, float]], int]:
 )
 def test_waiting_for_gathers_is_left_out_and_exchanges_are_counted(ranks, prepare):
     for (times, num_layers), alone_tokens in zip(ranks(2).run(_run, prepare), (20, 9), strict=True):
-        (elapsed_alone, busy_alone), (elapsed_shared, busy_shared) = times
+        (elapsed_alone, busy_alone, exchange_alone), (elapsed_shared, busy_shared, exchange_shared) = times
         assert elapsed_alone >= 2 * GATHER  # at least a gather and a reduction
         assert elapsed_shared >= 2 * GATHER
         assert busy_alone == _losses(alone_tokens, **prepare) * LOSS
         exchanges = 4 + 2 * bool(prepare.get("activation_checkpointing"))  # recomputed ones are work too
+        assert exchange_alone == 0
+        assert exchange_shared == exchanges * num_layers * EXCHANGE
         assert busy_shared == exchanges * num_layers * EXCHANGE + _losses(6, **prepare) * LOSS
 
 
@@ -75,6 +80,61 @@ def _losses(tokens, loss_chunk_tokens=64, **_) -> int:
     """How many are computed; those of chunks again in the backward."""
     chunks = -(-tokens // loss_chunk_tokens)
     return chunks if chunks == 1 else 2 * chunks
+
+
+def test_exchanges_outside_of_a_step_are_not_kept_and_inner_ones_count_once(monkeypatch):
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(ExchangeClock, "_now", lambda self: next(ticks))
+    clock = ExchangeClock(torch.device("cpu"))
+    with clock:  # of the profiler, say
+        pass
+    assert clock.read() == ()
+    clock.begin()
+    with clock:  # 0
+        with clock:
+            pass
+    with clock:  # 20 to 30
+        pass
+    clock.begin()
+    assert clock.read() == (20, 0)
+    clock.begin()  # and the step ends in an error
+    clock.reset()
+    assert clock.read() == ()
+
+
+def shifted_time() -> float:
+    """Ticks of exchange of a ring's shift, whose wait takes long, and its start none."""
+    channel = channel_of_all("groups")
+    clock = pool_of("groups").clock
+    patch, ticks = pytest.MonkeyPatch(), [0]
+
+    patch.setattr(ExchangeClock, "_now", lambda self: float(ticks[0]))
+    try:
+        clock.begin()
+        pending = channel.shift([torch.ones(3)], [torch.empty(3)])
+        ticks[0] += LOSS  # work, while it travels
+        pending._works = Slow(pending._works, ticks)
+        pending.wait()
+        return clock.read()[0]
+    finally:
+        patch.undo()
+
+
+class Slow(tuple):
+    """Works whose wait takes EXCHANGE ticks."""
+
+    def __new__(cls, works, ticks):
+        made = super().__new__(cls, works)
+        made.ticks = ticks
+        return made
+
+    def __iter__(self):
+        self.ticks[0] += EXCHANGE
+        return super().__iter__()
+
+
+def test_of_a_shift_the_wait_counts_and_not_what_was_done_meanwhile(ranks):
+    assert ranks(2).run(shifted_time) == [EXCHANGE, EXCHANGE]
 
 
 def _run(prepare):

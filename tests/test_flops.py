@@ -25,7 +25,7 @@ MODELS = {
     "gemma2": {**SIZES, "sliding_window": 100_000},
 }  # fmt: skip
 TOLERANCE = 1e-3
-"""Of the whole: what torch counts beside it are the products of rotary embeddings. Matrix products are counted exactly."""
+"""Of the whole: torch counts the products of rotary embeddings too. Matrix products are counted exactly."""
 
 
 def counted(kind: str, tokens: int) -> tuple[float, dict]:

@@ -24,14 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flexsp.parallel.clock import ExchangeClock
+
 Ranks = tuple[int, ...]
 
 
 class Pending:
     """An exchange that has begun; it holds its tensors until it has ended."""
 
-    def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor]) -> None:
-        self._works, self._tensors = works, tensors
+    def __init__(self, works: Sequence[dist.Work], tensors: Sequence[Tensor], clock: ExchangeClock) -> None:
+        self._works, self._tensors, self._clock = works, tensors, clock
 
     def wait(self) -> None:
         """What is received is there (on CUDA: for the current stream), and what was sent may be written again.
@@ -39,8 +41,9 @@ class Pending:
         Raises:
             RuntimeError: a rank did not take part within the timeout (gloo; NCCL ends the process).
         """
-        for work in self._works:
-            work.wait()
+        with self._clock:
+            for work in self._works:
+                work.wait()
         self._works, self._tensors = (), ()
 
 
@@ -85,12 +88,17 @@ class Channel(Protocol):
 class GroupChannel:
     """A channel on a communicator of just its ranks."""
 
-    def __init__(self, ranks: Ranks, communicator: dist.ProcessGroup) -> None:
-        """`communicator`: holds at least `ranks`, this process among them."""
+    def __init__(self, ranks: Ranks, communicator: dist.ProcessGroup, clock: ExchangeClock) -> None:
+        """
+        Args:
+            ranks: ascending.
+            communicator: holds at least `ranks`, this process among them.
+            clock: counts what exchanges take.
+        """
         self.ranks = ranks
         self.rank = ranks.index(dist.get_rank())
         self.bytes_sent = 0
-        self._communicator = communicator
+        self._communicator, self._clock = communicator, clock
 
     def connect(self, device: torch.device) -> None:
         """A first exchange, so that whatever the backend makes at first use is made now. Not counted."""
@@ -101,7 +109,8 @@ class GroupChannel:
         assert len(send_rows) == len(recv_rows) == len(self.ranks) and sum(send_rows) == x.shape[0]
         row_bytes = x.shape[1:].numel() * x.element_size()
         self.bytes_sent += row_bytes * (sum(send_rows) - send_rows[self.rank])
-        return self._exchange(x.detach().contiguous(), list(send_rows), list(recv_rows))
+        with self._clock:
+            return self._exchange(x.detach().contiguous(), list(send_rows), list(recv_rows))
 
     def shift(self, send: Sequence[Tensor], recv: Sequence[Tensor]) -> Pending:
         assert len(send) == len(recv) and all(x.is_contiguous() for x in recv)
@@ -125,7 +134,7 @@ class GroupChannel:
             for peer, x in parts
             if x.numel()
         ]
-        return Pending(dist.batch_isend_irecv(ops) if ops else (), [op.tensor for op in ops])
+        return Pending(dist.batch_isend_irecv(ops) if ops else (), [op.tensor for op in ops], self._clock)
 
 
 class PeerChannel(GroupChannel):
@@ -156,6 +165,7 @@ class Groups:
     def __init__(self, timeout: datetime.timedelta | None, device: torch.device) -> None:
         """`timeout`: after which an exchange fails that a rank takes no part in; None is the backend's own."""
         self._timeout, self._device = timeout, device
+        self.clock = ExchangeClock(device)
         self.num_communicators = 0
 
     def open(self, ranks: Ranks) -> GroupChannel | None:
@@ -164,7 +174,7 @@ class Groups:
         self.num_communicators += 1
         if dist.get_rank() not in ranks:
             return None
-        channel = GroupChannel(ranks, communicator)
+        channel = GroupChannel(ranks, communicator, self.clock)
         channel.connect(self._device)
         return channel
 
@@ -175,6 +185,7 @@ class Peers:
     def __init__(self, timeout: datetime.timedelta | None, device: torch.device) -> None:
         """`timeout`: after which an exchange fails that a rank takes no part in; None is the backend's own."""
         self._timeout, self._device = timeout, device
+        self.clock = ExchangeClock(device)
         self._parent: dist.ProcessGroup | None = None
 
     @property
@@ -189,6 +200,6 @@ class Peers:
             dist.all_reduce(torch.zeros(1, device=self._device), group=self._parent)
         if dist.get_rank() not in ranks:
             return None
-        channel = PeerChannel(ranks, self._parent)
+        channel = PeerChannel(ranks, self._parent, self.clock)
         channel.connect(self._device)
         return channel

@@ -11,7 +11,8 @@ its input and its output:
 
 Head and loss are one, both inside of the model's call (`flexsp.parallel.loss`), be it once or chunk by chunk; where
 there is no head to watch, the loss alone. On CUDA the marks are events on the current stream, read when the step has
-ended; nothing is synchronised for them. The exchange of a group is inside: it belongs to the group's time.
+ended; nothing is synchronised for them. The exchange of a group is inside: it belongs to the group's time. How much of
+it that is, another clock says, which the group's channels drive (`ExchangeClock`).
 """
 
 from __future__ import annotations
@@ -33,13 +34,67 @@ class MicroBatchTime:
     """From its begin to the next one's, waiting for other ranks included."""
     busy_s: float
     """Inside layers, head and loss, forward and backward, the exchanges of the rank's group included."""
+    exchange_s: float = 0.0
+    """Of that, in exchanges with the rank's group: in all-to-alls, and waiting for what travels around the ring. What
+    it waits there for a rank of its group that is later is in it."""
 
 
-class BusyClock:
-    """The clock of one model on one rank. `forward_backward` runs it: `begin`, `turn` a micro-batch; `end`, `read`."""
+class _Clock:
+    """Moments, and the seconds between two: of the host, or of the current stream on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end)) / 1e3 if self._cuda else float(end - begin)
+
+
+class ExchangeClock(_Clock):
+    """What this rank spends in exchanges, by micro-batch. Channels enter it; nothing is kept outside of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._spent: list[list[tuple[Any, Any]]] = []
+        self._depth = 0
+        self._entered: Any = None
+
+    def reset(self) -> None:
+        """A step begins; one before may have ended in an error."""
+        self._spent = []
+
+    def begin(self) -> None:
+        """A micro-batch begins."""
+        self._spent.append([])
+
+    def __enter__(self) -> None:
+        """An exchange begins; one inside of another is that one's."""
+        if self._depth == 0 and self._spent:
+            self._entered = self._now()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._spent:
+            self._spent[-1].append((self._entered, self._now()))
+
+    def read(self) -> tuple[float, ...]:
+        """Seconds of each micro-batch since the last reading. On CUDA the device must have come past them."""
+        spent, self._spent = self._spent, []
+        return tuple(sum(self._between(enter, leave) for enter, leave in pairs) for pairs in spent)
+
+
+class BusyClock(_Clock):
+    """The clock of one model on one rank. `forward_backward` runs it: `begin`, `turn` a micro-batch; `end`, `read`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self._begins: list[Any] = []
         self._busy: list[list[tuple[Any, Any]]] = []
         self._depth = 0
@@ -104,16 +159,6 @@ class BusyClock:
         )
         self._begins, self._busy = [], []
         return times
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, begin: Any, end: Any) -> float:
-        return float(begin.elapsed_time(end)) / 1e3 if self._cuda else float(end - begin)
 
     def watch_input(self, module: torch.nn.Module) -> None:
         """Work begins at the module's first input, the hidden states, and on the way back ends there."""

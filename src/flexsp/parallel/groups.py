@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from flexsp.parallel.channels import Channel, GroupChannel, Groups, Peers, Ranks
+from flexsp.parallel.clock import ExchangeClock
 from flexsp.plans import Plan
 from flexsp.profile import Layout
 
@@ -52,6 +53,11 @@ class GroupPool:
     def num_groups(self) -> int:
         """Communicators made so far for exchanges, those of other ranks included."""
         return self._opener.num_communicators
+
+    @property
+    def clock(self) -> ExchangeClock:
+        """What this rank spends in exchanges through its channels."""
+        return self._opener.clock
 
     @property
     def held_bytes(self) -> int | None:

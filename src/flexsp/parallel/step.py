@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,8 +67,10 @@ def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupP
     total = torch.zeros((), dtype=torch.float64, device=_device(model))
     clock, policies = clock_of(model), policies_of(model)
     kernels: set[str] = set()
+    groups.clock.reset()
     for micro_batch in own:
         clock.begin()
+        groups.clock.begin()
         policies.begin(micro_batch.policy)
         context = _context(model, micro_batch, groups)
         loss_sum = _loss_sum(model, micro_batch, context)
@@ -80,7 +82,10 @@ def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupP
     clock.end()
     dist.all_reduce(total)
     loss = total.item() / num_labels  # waits for the device, so that reading the clock does not
-    return StepResult(loss=loss, num_labels=num_labels, times=clock.read(), kernels=frozenset(kernels))
+    times = tuple(
+        replace(time, exchange_s=exchange_s) for time, exchange_s in zip(clock.read(), groups.clock.read(), strict=True)
+    )
+    return StepResult(loss=loss, num_labels=num_labels, times=times, kernels=frozenset(kernels))
 
 
 def _read(model: PreTrainedModel, batch: PlannedBatch) -> list[RankMicroBatch]:
