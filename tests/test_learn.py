@@ -26,7 +26,7 @@ from flexsp.profile import Policy
 from flexsp.train.learn import FILE, Learner, go_on, profile_sha256
 from flexsp.train.out_of_memory import HEADROOM, describe, is_out_of_memory, raised_activation_bytes
 from flexsp.train.ranks import joined_ranks
-from flexsp.train.records import METRICS, last_rows
+from flexsp.watch.rows import METRICS, last_rows
 from profiles import profile
 from test_train import CONFIG
 

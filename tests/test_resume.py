@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from flexsp.batches import global_batch
-from flexsp.train.records import METRICS, SEQUENCES, last_rows
+from flexsp.train.records import SEQUENCES
+from flexsp.watch.rows import METRICS, last_rows
 
 STEPS, BATCH = 12, 24
 CONFIG = f"""

@@ -30,6 +30,9 @@ every = 0
 [run]
 dir = "out"
 compare_batches = 2
+[watch]
+tensorboard = true
+peak_tflops = 0.1
 """  # noqa: E501
 
 
@@ -60,7 +63,8 @@ def test_metrics_have_a_line_a_step_and_the_loss_falls(run):
     assert set(rows[0]) == {
         "step", "loss", "grad_norm", "num_sequences", "tokens", "micro_batches", "predicted_s", "step_s", "plan_s",
         "plan_wait_s", "tokens_per_s", "micro_batch_s", "predicted_micro_batch_s", "group_s", "predicted_group_s",
-        "peak_bytes", "predicted_peak_bytes",
+        "peak_bytes", "predicted_peak_bytes", "lr", "model_flops", "tflops_per_s", "mfu", "communicators", "idle_share",
+        "unused_share", "gather_share", "exchange_share", "predicted_exchange_share", "micro_batch_idle_share",
     }  # fmt: skip
     assert all(set(row) == set(rows[0]) | {"ratios"} for row in rows[1:])
     for row in rows:

@@ -107,7 +107,7 @@ class Plan:
         """
         if not self.has_plan:
             return f"{self.status.value}: {self.reason}"
-        texts = [f"<{_degrees_text(micro_batch.sp_degrees)}>" for micro_batch in self.micro_batches]
+        texts = [f"<{degrees_text(micro_batch.sp_degrees)}>" for micro_batch in self.micro_batches]
         runs = [(text, len(list(alike))) for text, alike in groupby(texts)]
         return " ".join(f"{count} x {text}" if count > 2 else " ".join([text] * count) for text, count in runs)
 
@@ -187,7 +187,8 @@ class Plan:
         return jf.merged(document, self.extra)
 
 
-def _degrees_text(degrees: list[int]) -> str:
+def degrees_text(degrees: list[int]) -> str:
+    """Degrees side by side; more than eight are counted, `8,4x14`."""
     if len(degrees) <= 8:
         return ",".join(str(d) for d in degrees)
     counts = {d: degrees.count(d) for d in degrees}

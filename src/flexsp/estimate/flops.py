@@ -3,12 +3,12 @@
     FLOPs = 6 * P * sum(s)  +  sum over layers of 12 * heads * head_dim * sum(pairs(s))
 
 P are the matrix parameters that a token multiplies with: projections, MLP (of experts those it chose), router and
-output head, not the embedding's rows. A pair is a token and a token that it sees: s^2 / 2 in causal attention, and in a
-window of w tokens w*s - w^2/2 where s > w. That is the count of PaLM (arXiv 2204.02311, appendix B), whose attention is
-twice ours: it counts all s^2 pairs, and a causal mask leaves half. `ModelShape.attention_flops_per_square`, for seconds,
-counts 7 where this counts 6: FlashAttention's backward computes the scores again, which MFU leaves out, as it leaves out
-what an activation policy or the loss in chunks computes again. Norms, activation functions, softmax and rotary
-embeddings are left out of both.
+output head, not the embedding's rows. A pair is a token and a token that it sees: s^2 / 2 in causal attention, and
+w*s - w^2/2 in a window of w tokens where s > w. That is the count of PaLM (arXiv 2204.02311, appendix B), whose
+attention is twice ours: it counts all s^2 pairs, and a causal mask leaves half. The estimate of seconds counts 7 where
+this counts 6 (`ModelShape.attention_flops_per_square`): FlashAttention's backward computes the scores again. MFU leaves
+that out, as it leaves out what an activation policy or the loss in chunks computes again. Norms, activation functions,
+softmax and rotary embeddings are left out of both.
 """
 
 from __future__ import annotations

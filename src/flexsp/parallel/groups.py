@@ -38,12 +38,13 @@ class GroupPool:
         Raises:
             ValueError: no such transport.
         """
-        self._device = own_device()
-        self.transport = transport or DEFAULT_TRANSPORT[self._device.type]
+        self.device = own_device()
+        """What this rank's tensors are exchanged on."""
+        self.transport = transport or DEFAULT_TRANSPORT[self.device.type]
         """"groups" or "peers"."""
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport={transport!r} is none of {sorted(TRANSPORTS)}; name one of them")
-        self._opener = TRANSPORTS[self.transport](timeout, self._device)
+        self._opener = TRANSPORTS[self.transport](timeout, self.device)
         self._channels: dict[Ranks, GroupChannel | None] = {}
         self._grown_bytes: int | None = 0
         self.control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
@@ -102,10 +103,10 @@ class GroupPool:
         )
         if not needed:
             return 0
-        before, before_bytes = self.num_groups, occupied_bytes(self._device)
+        before, before_bytes = self.num_groups, occupied_bytes(self.device)
         for ranks in needed:
             self._channels[ranks] = self._opener.open(ranks)
-        after_bytes = occupied_bytes(self._device)
+        after_bytes = occupied_bytes(self.device)
         if before_bytes is None or after_bytes is None or self._grown_bytes is None:
             self._grown_bytes = None
         else:

@@ -134,6 +134,17 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WatchConfig:
+    tensorboard: bool = False
+    """Write TensorBoard's event files too, in run.dir/tensorboard."""
+    wandb: str = ""
+    """The Weights & Biases project to write to as well; empty: none. Where and whether it sends is for its own
+    environment variables to say (WANDB_MODE=offline, ...)."""
+    peak_tflops: float = 0.0
+    """Of one device, for mfu; 0: by the device's name, where its data sheet is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -141,6 +152,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 SECTIONS: dict[str, type[Any]] = {
@@ -150,6 +162,7 @@ SECTIONS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "checkpoint": CheckpointConfig,
     "run": RunConfig,
+    "watch": WatchConfig,
 }
 CHOICES = {
     "model.attention": ("", "varlen", "flash-attn", "flex", "sdpa", "math"),
@@ -180,6 +193,7 @@ LEAST = {
     "run.timeout_s": 1,
     "planner.memory_fraction": 0,
     "planner.timeout_s": 0,
+    "watch.peak_tflops": 0,
 }
 MOST = {"planner.memory_fraction": 1}
 

@@ -25,6 +25,7 @@ from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.profiler.correct import Correction, times_of
 from flexsp.profiler.memory import PeakMeter
+from flexsp.watch.shares import predicted_exchange_share, time_shares
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Learner:
             metrics.jsonl says of times and memory.
         """
         peak = float(self._peak)
-        own = torch.tensor([(t.elapsed_s, t.busy_s, peak) for t in result.times], dtype=torch.float64)
+        own = torch.tensor([(t.elapsed_s, t.busy_s, t.exchange_s, peak) for t in result.times], dtype=torch.float64)
         first = dist.get_rank() == 0
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())] if first else None
         dist.gather(own, gathered, dst=0, group=self._groups.control)
@@ -132,11 +133,11 @@ class Learner:
         return answer[0], metrics
 
     def _learn(self, batch: PlannedBatch, measured: list[list[list[float]]]) -> tuple[Profile | None, dict[str, Any]]:
-        """On rank 0. `measured`: by rank and micro-batch, elapsed seconds, busy seconds and the step's peak bytes."""
+        """On rank 0. `measured`: by rank and micro-batch, seconds elapsed, busy, in exchanges, and the step's peak."""
         plan = batch.plan
-        elapsed_s, busy_s = ([[row[k] for row in rank] for rank in measured] for k in (0, 1))
+        elapsed_s, busy_s, exchange_s = ([[row[k] for row in rank] for rank in measured] for k in (0, 1, 2))
         times = times_of(plan, elapsed_s, busy_s)
-        peaks = [rank[0][2] for rank in measured]
+        peaks = [rank[0][3] for rank in measured]
         predicted_peaks = self._predicted_peaks(plan, batch)
         self.most_bytes = max(self.most_bytes, int(max(peaks)))
         metrics: dict[str, Any] = {
@@ -146,6 +147,8 @@ class Learner:
             "predicted_group_s": [[g.predicted_s for g in micro_batch.groups] for micro_batch in plan.micro_batches],
             "peak_bytes": int(max(peaks)),
             "predicted_peak_bytes": math.ceil(max(predicted_peaks)),
+            **time_shares(plan, elapsed_s, busy_s, exchange_s),
+            "predicted_exchange_share": predicted_exchange_share(plan, batch.lengths, self.profile),
         }
         new: Profile | None = None
         if self._correction is not None and batch.step >= self._first_step + WARM_UP:

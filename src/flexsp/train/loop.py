@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -17,12 +18,13 @@ from flexsp.parallel.clock import clock_of
 from flexsp.train import build
 from flexsp.train.checkpoint import Checkpoints, load_checkpoint
 from flexsp.train.config import Config
-from flexsp.train.display import Display, step_text
+from flexsp.train.display import step_text
 from flexsp.train.learn import Learner
 from flexsp.train.out_of_memory import OutOfMemoryError, describe, is_out_of_memory
 from flexsp.train.ranks import StopSignal, announce_failure
-from flexsp.train.records import Records
 from flexsp.train.resume import Start
+from flexsp.train.throughput import Throughput
+from flexsp.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ def train_steps(
     groups: GroupPool,
     learner: Learner,
     start: Start | None,
-    display: Display,
+    watch: Watch,
 ) -> bool:
     """Trains what is left of the steps; False where SIGTERM ended it before the last."""
     optimizer, schedule = build.build_optimizer(model, config.train)
@@ -48,8 +50,10 @@ def train_steps(
         log.info("checkpoint: going on after step %d of %d, from %s", first_step, config.train.steps, start.path)
     mixed, steps = 0, config.train.steps
     kernels: frozenset[str] = frozenset()
-    with StopSignal() as stop, Records(Path(config.run.dir), append=start is not None) as records:
-        for batch, line in display.track(loader, steps, "training", first_step):
+    throughput = Throughput(model, dist.get_world_size(), groups.device, config.model.dtype, config.watch.peak_tflops)
+    with StopSignal() as stop, watch.records() as records:
+        for batch, line in watch.display.track(loader, steps, "training", first_step):
+            watch.begin(batch.step)
             learner.watch()
             try:
                 metrics, result = _train_step(config, model, batch, groups, optimizer, learner)
@@ -65,7 +69,7 @@ def train_steps(
             profile, learned = learner.learn(batch, result)
             if profile is not None:
                 loader.update_profile(profile, replan=profile.capacity_tokens(1) < capacity_tokens)
-            metrics |= learned
+            metrics |= {**throughput.of(batch.lengths, metrics["step_s"]), **learned}
             mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
             line.say(step_text(metrics, str(batch.plan)))
             records.write(metrics, batch)
@@ -118,6 +122,7 @@ def _train_step(
     max_norm = config.train.grad_clip or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    lr = float(optimizer.param_groups[0]["lr"])
     optimizer.step()
     optimizer.zero_grad()
     if torch.cuda.is_available():
@@ -128,6 +133,7 @@ def _train_step(
         "step": batch.step,
         "loss": result.loss,
         "grad_norm": grad_norm,
+        "lr": lr,
         "num_sequences": len(batch.lengths),
         "tokens": tokens,
         "micro_batches": [micro_batch.sp_degrees for micro_batch in batch.plan.micro_batches],
@@ -136,5 +142,6 @@ def _train_step(
         "plan_s": batch.plan_s,
         "plan_wait_s": batch.plan_wait_s,
         "tokens_per_s": tokens / step_s,
+        "communicators": groups.num_groups,
     }
     return metrics, result

@@ -16,21 +16,24 @@ import torch.distributed as dist
 
 from flexsp.data import PlannedBatch
 from flexsp.planner.replay import FILE as PLANS
+from flexsp.train.sinks import Sinks
+from flexsp.watch.rows import METRICS
 
-METRICS, SEQUENCES = "metrics.jsonl", "sequences.jsonl"
+SEQUENCES = "sequences.jsonl"
 NAMES = (METRICS, SEQUENCES, PLANS)
 
 
 class Records:
     """The run folder's logs, on rank 0; the others write nothing."""
 
-    def __init__(self, folder: Path, append: bool) -> None:
+    def __init__(self, folder: Path, append: bool, sinks: Sinks) -> None:
         """
         Args:
             folder: of the run; it exists.
             append: whether the run goes on; else it begins, and what is there is overwritten.
+            sinks: what gets the metrics too.
         """
-        self._folder, self._mode = folder, "a" if append else "w"
+        self._folder, self._mode, self._sinks = folder, "a" if append else "w", sinks
         self._files: dict[str, IO[str]] = {}
         self._stack = ExitStack()
 
@@ -59,19 +62,4 @@ class Records:
         for name, row in rows.items():
             self._files[name].write(json.dumps(row) + "\n")
             self._files[name].flush()
-
-
-def last_rows(path: Path) -> dict[int, dict[str, Any]]:
-    """The row that counts of each step; rows that a kill tore are left out.
-
-    Args:
-        path: a file that `Records` wrote.
-    """
-    rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[int(row["step"])] = row
-    return rows
+        self._sinks.write(metrics)

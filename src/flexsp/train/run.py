@@ -27,7 +27,9 @@ from flexsp.train.export import save_pretrained
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import train_steps
 from flexsp.train.ranks import joined_ranks
-from flexsp.train.resume import find_start
+from flexsp.train.resume import Start, find_start
+from flexsp.train.sinks import check_sinks
+from flexsp.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +62,17 @@ def train(config: Config, display: Display) -> None:
     find_planner(config.planner.name)  # a wrong name is an error before anything slow
     timeout = datetime.timedelta(seconds=config.run.timeout_s)
     groups = GroupPool(timeout=timeout, transport=config.run.transport or None)
+    from_first_rank(lambda: check_sinks(config), groups)
     start = from_first_rank(lambda: find_start(config), groups)
     first_step = 0 if start is None else start.steps
+    _make_folder(Path(config.run.dir))
+    with Watch(config, display, groups, first_step, append=start is not None) as watch:
+        _train(config, groups, start, watch)
+        watch.summarize()
+
+
+def _train(config: Config, groups: GroupPool, start: Start | None, watch: Watch) -> None:
+    first_step, folder = 0 if start is None else start.steps, Path(config.run.dir)
     replay = from_first_rank(lambda: read_plan_log(config.planner.replay) if config.planner.replay else {}, groups)
     sequences = build.build_sequences(config)
     model = build.build_model(config.model, config.train.seed)
@@ -72,9 +83,7 @@ def train(config: Config, display: Display) -> None:
         type(model).__name__, f"{num_parameters:,}", dist.get_world_size(), dist.get_backend(),
     )  # fmt: skip
     model = build.prepare(model, config.model)
-    folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    measured = build.build_profile(config, model, groups, display)
+    measured = build.build_profile(config, model, groups, watch.display)
     saved = None if start is None else start.profile
     profile = from_first_rank(lambda: go_on(measured, folder, config.planner.correct, saved), groups)
     build.check_profile(profile, config, None if profile == measured else folder / FILE)
@@ -82,19 +91,32 @@ def train(config: Config, display: Display) -> None:
     learner = Learner(measured, profile, groups, device, folder, config.planner.correct, first_step)
 
     with _loader(config, sequences, profile, groups, first_step, replay) as loader:
-        if not train_steps(config, model, loader, groups, learner, start, display):
+        if not train_steps(config, model, loader, groups, learner, start, watch):
             return
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
     if compared and build.policy_for(learner.profile, config.data.max_length):
         log.info("comparison: left out: one degree for all holds the context limit under no policy, and chooses none")
         compared = []
     if compared:
-        report = compare_planners(model, compared, learner.profile, groups, config.data.max_length, display)
+        report = compare_planners(model, compared, learner.profile, groups, config.data.max_length, watch.display)
         if dist.get_rank() == 0:
             jsonfields.write_object(folder / "comparison.json", report)
         log.info("%s", summary_line(report))
     if config.run.save_model:
         save_pretrained(model, folder / "model")
+
+
+def _make_folder(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run.dir={str(folder)!r} cannot be made ({error.strerror}); give a folder that can be written to"
+        ) from None
 
 
 def _loader(
