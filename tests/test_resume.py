@@ -157,9 +157,11 @@ def test_sigterm_finishes_the_step_saves_and_says_so(unbroken):
     out, err = child.communicate(timeout=100)
     done = rows_done(unbroken / "stopped")
     assert f"stopped by SIGTERM after step {done} of {STEPS}, saved; the same command goes on" in out, err[-2000:]
+    assert f"summary: steps: {done} of {STEPS}\n" in out
     assert "flexsp/" not in err  # no traceback of ours
     assert [path.name for path in (unbroken / "stopped/checkpoints").iterdir()] == [f"step-{done:08d}"]
-    run(unbroken, 2, "--run.dir", "stopped", "--checkpoint.every", "100")
+    said = run(unbroken, 2, "--run.dir", "stopped", "--checkpoint.every", "100")
+    assert f"summary: steps: {STEPS} of {STEPS}, {done} of them before it was started again\n" in said
     assert losses(unbroken / "stopped") == losses(unbroken / "out")
     assert rows_done(unbroken / "stopped") == STEPS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_metrics_have_a_line_a_step_and_the_loss_falls(run):
-    rows = [json.loads(line) for line in (run[0] / "out/metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(run[0] / "out")
     assert [row["step"] for row in rows] == list(range(8))
     assert set(rows[0]) == {
         "step", "loss", "grad_norm", "num_sequences", "tokens", "micro_batches", "predicted_s", "step_s", "plan_s",
@@ -74,6 +75,68 @@ def test_metrics_have_a_line_a_step_and_the_loss_falls(run):
     assert all(row["num_sequences"] == 16 for row in rows)
     assert all(sum(degrees) <= 4 for row in rows for degrees in row["micro_batches"])
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+
+
+def test_shares_and_rates_of_a_step_fit_its_own_numbers(run):
+    for row in rows_of(run[0] / "out"):
+        assert 0 <= row["unused_share"] <= row["idle_share"] < 1
+        assert 0 < row["gather_share"] < 1 and row["idle_share"] + row["gather_share"] < 1
+        assert 0 < row["exchange_share"] < 1 and 0 < row["predicted_exchange_share"] < 1
+        assert len(row["micro_batch_idle_share"]) == len(row["micro_batches"])
+        assert row["tflops_per_s"] == pytest.approx(row["model_flops"] / row["step_s"] / 4 / 1e12)
+        assert row["mfu"] == pytest.approx(row["tflops_per_s"] / 0.1)
+    # 6 a token and matrix parameter, and less than all s^2 of the context limit beside
+    linear = 6 * (2 * (32 * 8 * 2 * (4 + 2) + 3 * 32 * 64) + 256 * 32)
+    assert all(
+        linear < row["model_flops"] / row["tokens"] < linear + 2 * 6 * 32 * 2048 for row in rows_of(run[0] / "out")
+    )
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_tensorboard_shows_what_metrics_say(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run[0] / "out/tensorboard")).Reload()
+    shown = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    rows = rows_of(run[0] / "out")
+    assert {tag.split("/")[1] for tag in shown} >= {key for key, value in rows[1].items() if isinstance(value, float)}
+    for tag in ("train/loss", "time/step_s", "share/idle_share", "memory/peak_bytes", "speed/mfu", "train/lr"):
+        values = [row[tag.split("/")[1]] for row in rows]
+        assert shown[tag] == {step: pytest.approx(value, rel=1e-6) for step, value in enumerate(values)}  # float32
+    assert shown["plan/micro_batches"] == {step: len(row["micro_batches"]) for step, row in enumerate(rows)}
+    assert shown["profile/ratios/fixed"] == {
+        row["step"]: pytest.approx(row["ratios"]["fixed"], rel=1e-6) for row in rows[1:]
+    }
+
+
+def test_the_page_on_watching_has_the_keys_that_are_written_and_no_others(run):
+    page = (Path(__file__).parents[1] / "docs/watching.md").read_text()
+    documented = re.findall(r"^\| `(\w+)` \|", page.partition("## metrics.jsonl")[2].partition("\n## ")[0], re.M)
+    assert len(documented) == len(set(documented))
+    assert set(documented) == {key for row in rows_of(run[0] / "out") for key in row}
+
+
+def test_the_run_ends_with_a_summary_of_its_rows(run):
+    rows, found = rows_of(run[0] / "out"), json.loads((run[0] / "out/summary.json").read_text())
+    assert found["steps_done"] == 8 and found["steps_before"] == 0
+    assert found["tokens"] == sum(row["tokens"] for row in rows)
+    assert found["step_s_total"] == pytest.approx(sum(row["step_s"] for row in rows)) and found["wall_s"] > 0
+    assert sum(each["count"] for each in found["mixes"]) == sum(len(row["micro_batches"]) for row in rows)
+    said = [line for line in run[1].splitlines() if line.startswith("summary: ")]
+    assert 10 <= len(said) <= 14
+    assert f"summary: loss: {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}" in said
+    assert "summary: written: out: metrics.jsonl, summary.json, tensorboard, logs" in said
+
+
+def test_each_rank_has_a_log_of_its_own(run):
+    for rank in range(4):
+        text = (run[0] / f"out/logs/rank-{rank:04d}.log").read_text()
+        assert f"INFO rank {rank} step -: model: LlamaForCausalLM" in text
+        assert f"INFO rank {rank} step 7: training 8/8: loss " in text
+        assert ("summary: " in text) == (rank == 0)
 
 
 def test_what_happened_to_the_data_and_to_memory_is_said(run):
@@ -182,6 +245,7 @@ def test_rows_with_masked_labels_train(run):
         (["--model.config.attention_dropout", "0.1"], "dropout makes loss and gradients depend on the plan"),
         (["--model.config.vocab_size", "100"], "token id 255 is beyond vocab_size=100"),
         (["--planner.name", "best"], "planner='best' is unknown"),
+        (["--watch.wandb", "project"], "watch.wandb='project' needs wandb; pip install wandb"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run, flags, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 
@@ -37,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
                 layers=arguments.layers,
                 dtype=arguments.dtype,
                 tolerance=arguments.tolerance,
-            )
+            ),
+            partial(print, flush=True),
         )
     except ValueError as error:
         if first_to_say(str(error)):

@@ -38,9 +38,7 @@ class Throughput:
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             self._peak_flops_per_s = known_peak(name, dtype)
             if self._peak_flops_per_s is None:
-                log.info(
-                    "watch: the peak of %s in %s is not known, so there is no mfu; set watch.peak_tflops", name, dtype
-                )
+                log.info("watch: no mfu: the peak of %s in %s is not known; watch.peak_tflops sets it", name, dtype)
 
     def of(self, lengths: LengthArray, step_s: float) -> dict[str, float]:
         """What metrics.jsonl says of a step's FLOPs.

@@ -62,8 +62,12 @@ class VerifyRequest:
     """Relative, of loss and gradients; None: that of the type."""
 
 
-def verify_model(request: VerifyRequest) -> int:
-    """Compares, prints, and returns the exit status: 0 within the tolerance, 1 beyond it.
+def verify_model(request: VerifyRequest, tell: Say) -> int:
+    """Compares, and returns the exit status: 0 within the tolerance, 1 beyond it.
+
+    Args:
+        request: what to compare.
+        tell: takes what is found, line by line, on rank 0.
 
     Raises:
         ValueError: bad flags, or a config that cannot be read; or the model is refused, which the message says.
@@ -78,7 +82,7 @@ def verify_model(request: VerifyRequest) -> int:
         kind, config = _checked(config)
         model = _small_model(kind, config, request)
     with joined_ranks(TIMEOUT_S) as device:
-        say = _say if dist.get_rank() == 0 else _say_nothing
+        say = tell if dist.get_rank() == 0 else _say_nothing
         for line in _described(config, model.config, request.dtype):
             say(line)
         if request.dtype == "bfloat16" and any(is_expert(name) for name, _ in model.named_parameters()):
@@ -92,10 +96,6 @@ def verify_model(request: VerifyRequest) -> int:
             f"{worst[0]:.1e} and {worst[1]:.1e} from one device, {beyond} the tolerance of {tolerance:.0e}"
         )
     return 0 if held else 1
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _say_nothing(line: str) -> None:

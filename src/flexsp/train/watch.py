@@ -86,7 +86,8 @@ class Watch:
             "steps_before": self._first_step,
             "wall_s": time.monotonic() - self._began,
             "checkpoint": str(saved[-1]) if saved else None,
-            "folder": f"{self._folder}: {METRICS}, {SUMMARY}, {', '.join([*self._sinks.names, FOLDER])}",
+            "folder": str(self._folder),
+            "files": [METRICS, SUMMARY, *self._sinks.names, FOLDER],
         }
         jsonfields.write_object(self._folder / SUMMARY, found)
         said = lines(found)

@@ -66,7 +66,7 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The summary for people, as pairs of what and how much.
 
     Args:
-        found: of `summary`, with `wall_s`, `checkpoint` and `folder` where they are known.
+        found: of `summary`, with `wall_s`, `checkpoint`, `folder` and `files` where they are known.
     """
     said = [("steps", _steps(found))]
     if "tokens" in found:
@@ -90,13 +90,16 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if waits:
         said.append(("waited for", ", ".join(waits)))
     if found.get("fallbacks"):
-        said.append(("fallbacks", f"{found['fallbacks']:,} steps"))
+        said.append(("fallbacks", f"{found['fallbacks']:,} step{'s' * (found['fallbacks'] > 1)}"))
     if "peak_bytes" in found:
         predicted = f", predicted {_gib(found['predicted_peak_bytes'])}" if "predicted_peak_bytes" in found else ""
         said.append(("memory", f"{_gib(found['peak_bytes'])} a rank at the most{predicted}"))
     if found.get("mixes"):
         said.append(("micro-batches", _mixes(found["mixes"])))
-    said += [(key, str(found[key])) for key in ("checkpoint", "folder") if found.get(key)]
+    if found.get("checkpoint"):
+        said.append(("checkpoint", str(found["checkpoint"])))
+    if found.get("folder"):
+        said.append(("written", f"{found['folder']}: {', '.join(found.get('files', []))}"))
     return said
 
 
