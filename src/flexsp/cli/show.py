@@ -1,4 +1,4 @@
-"""`flexsp show`: where the crossovers of a profile lie, as tables and as a picture."""
+"""`flexsp show`: where the crossovers of a profile lie, or how a run went, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from flexsp.cli.show_run import is_run, show_run
 from flexsp.lengths import length_text, parse_tokens
 from flexsp.profile import Profile
 from flexsp.simulate.crossovers import Cost, cost, crossovers, least_cost, policies, powers_of_four
@@ -23,21 +24,27 @@ MOST_COLUMNS = 7
 
 def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
-        "show", help="show where the degrees of a profile cross", description=__doc__
+        "show", help="show where the degrees of a profile cross, or how a run went", description=__doc__
     )
-    parser.add_argument("profile", metavar="PROFILE", help="a flexsp-profile/1 file")
+    parser.add_argument("profile", metavar="PROFILE|RUN", help="a flexsp-profile/1 file, or the folder of a run")
     parser.add_argument(
         "--lengths",
         metavar="1K,4K,...",
         help="lengths of the tables (default: powers of 4 from 1K to the longest held)",
     )
     parser.add_argument(
-        "--plot", metavar="FILE", help="draw the profile into FILE, named .png, .svg or .pdf (needs 'flexsp[plot]')"
+        "--plot", metavar="FILE", help="draw it into FILE, named .png, .svg or .pdf (needs 'flexsp[plot]')"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if is_run(arguments.profile):
+        if arguments.lengths is not None:
+            raise ValueError(
+                f"--lengths={arguments.lengths} is for profiles, and {arguments.profile} is a run; drop it"
+            )
+        return show_run(arguments.profile, arguments.plot)
     profile = Profile.load(arguments.profile)
     lengths: Sequence[int] = powers_of_four(profile)
     if arguments.lengths is not None:

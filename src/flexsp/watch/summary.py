@@ -33,8 +33,10 @@ def summary(rows: Rows, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {"steps_done": len(done), "steps": steps}
     if not done:
         return found
-    found |= {"loss_first": done[0]["loss"], "loss_last": done[-1]["loss"]}
-    found |= {"eval_loss_last": each[-1]} if (each := _values(done, "eval_loss")) else {}
+    if values := _values(done, "loss"):
+        found |= {"loss_first": values[0], "loss_last": values[-1]}
+    if values := _values(done, "eval_loss"):
+        found["eval_loss_last"] = values[-1]
     for key in ("tokens", "step_s", "plan_wait_s", "data_wait_s"):
         if values := _values(done, key):
             found[f"{key}_total" if key.endswith("_s") else key] = sum(values)
