@@ -18,7 +18,7 @@ MOST_MARKED = 60
 """Steps up to which each has a marker: one alone draws no line."""
 SHARES = {
     "idle": ("idle_share", "-", "#d95f02"),
-    "exchange, of busy time": ("exchange_share", "--", "#7570b3"),
+    "exchange / busy": ("exchange_share", "--", "#7570b3"),
     "gathers": ("gather_share", ":", "#1b9e77"),
 }
 
@@ -75,7 +75,10 @@ def draw(rows: Mapping[int, Mapping[str, Any]], name: str) -> Figure:
 
 def _legend(axes: Axes) -> None:
     """Beside the title, where it covers no line."""
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2, fontsize=9,
+        handlelength=2.2, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def _line(axes: Axes, rows: Mapping[int, Mapping[str, Any]], key: str, **style: Any) -> None:
