@@ -33,6 +33,20 @@ class SequenceSource(Protocol):
         ...
 
 
+class Ahead(Protocol):
+    """What is being read of a batch for one rank before its step begins; see `flexsp.data.read_ahead`."""
+
+    waited_s: float
+
+    def serves(self, batch: PlannedBatch, rank: int) -> bool:
+        """Whether it is this rank's part of this very batch."""
+        ...
+
+    def result(self) -> list[RankMicroBatch]:
+        """What was read, once it has been."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMicroBatch:
     """What one rank runs in one micro-batch. t is its tokens, or 1 filler token where it has none."""
@@ -83,10 +97,25 @@ class PlannedBatch:
     """Seconds that planning took."""
     plan_wait_s: float = 0.0
     """Seconds that the training waited for the plan; nil where it was there in time."""
+    fallback: bool = False
+    """Whether the planner failed at this batch and `planner.fallback` planned it."""
+    ahead: Ahead | None = None
+    """One rank's part, where it is read ahead."""
 
     def for_rank(self, rank: int) -> list[RankMicroBatch]:
-        """What `rank` runs, micro-batch by micro-batch. Reads the rank's own tokens, no others."""
+        """What `rank` runs, micro-batch by micro-batch: its own tokens, no others, read now unless they have been."""
+        if self.ahead is not None and self.ahead.serves(self, rank):
+            return self.ahead.result()
+        return self.read(rank)
+
+    def read(self, rank: int) -> list[RankMicroBatch]:
+        """What `rank` runs, read from the source."""
         return [self._micro_batch(micro_batch, rank) for micro_batch in self.plan.micro_batches]
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that `for_rank` has waited for what is read ahead; nil where it was there in time."""
+        return 0.0 if self.ahead is None else self.ahead.waited_s
 
     def layout(self, sp_degree: int) -> Layout:
         """How a group of `sp_degree` ranks splits into heads x context."""

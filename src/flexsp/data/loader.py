@@ -13,10 +13,12 @@ import torch.distributed as dist
 from flexsp.batches import global_batch
 from flexsp.data.batch import PlannedBatch
 from flexsp.data.packing import IntArray
+from flexsp.data.plans_ahead import Made, PlansAhead
+from flexsp.data.read_ahead import ReadAhead, Reader
 from flexsp.data.sequences import Sequences
 from flexsp.legality import violations
 from flexsp.planner.replay import predicted_anew
-from flexsp.planner.service import PlannerError, PlanService
+from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 
@@ -27,7 +29,7 @@ class PlannedLoader:
     """Iterates over `PlannedBatch`; the same ones on every rank.
 
     Rank 0 runs the planner in a process of its own, `plan_ahead` batches ahead, and broadcasts each plan; every rank
-    checks it against the rules. Close it, or use it as a context manager.
+    checks it against the rules, and reads its own tokens ahead. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -45,6 +47,9 @@ class PlannedLoader:
         plan_ahead: int = 4,
         plan_timeout_s: float = 300.0,
         replay: Mapping[int, Plan] | None = None,
+        fallback: str = "",
+        read_ahead: int = 2,
+        read_timeout_s: float = 300.0,
     ) -> None:
         """
         Args:
@@ -60,6 +65,10 @@ class PlannedLoader:
             plan_ahead: how many batches are planned ahead, at least 1.
             plan_timeout_s: after which a plan that does not come is an error; less than the ranks' own timeout.
             replay: plans by step, instead of the planner's; see `flexsp.planner.replay`.
+            fallback: the planner that plans, on rank 0, a step at which the other fails; empty: a failure is an error.
+            read_ahead: of how many steps this rank's tokens are read, in a thread, before their turn comes, where their
+                plans are there; -1: no thread, they are read in the step.
+            read_timeout_s: after which tokens that are not read are an error; less than the ranks' own timeout.
 
         Raises:
             ValueError: profile and world size disagree, or an argument is out of range.
@@ -75,12 +84,18 @@ class PlannedLoader:
                 raise ValueError(f"{name}={value} must be at least 1; correct it")
         self._sequences, self._profile, self._control = sequences, profile, control
         self._batch_size, self._steps, self._seed, self._plan_ahead = batch_size, steps, seed, plan_ahead
-        self._plan_timeout_s = plan_timeout_s
         self._replay = dict(replay or {})
         self._first_step = self._submitted = self._next = first_step
-        self._stale = 0  # plans under way that nobody wants any more
-        self._planned_with: dict[int, Profile] = {}  # by step, for those submitted and not yet fetched
-        self._service = PlanService(profile, planner, options or {}) if dist.get_rank() == 0 else None
+        self._planned_with: dict[int, Profile] = {}  # by step, for those submitted whose turn has not come
+        self._made: dict[int, Made] = {}  # by step, the same on all ranks, for those whose turn has not come
+        self._reading: dict[int, ReadAhead] = {}
+        self._read_ahead = read_ahead
+        self._reader = Reader(dist.get_rank(), read_timeout_s) if read_ahead >= 0 else None
+        self._planner = (
+            PlansAhead(profile, planner, options or {}, plan_timeout_s, fallback) if dist.get_rank() == 0 else None
+        )
+        self.fallbacks = 0
+        """Steps so far that `fallback` planned."""
         self._submit(first_step + plan_ahead)
 
     def __iter__(self) -> Iterator[PlannedBatch]:
@@ -94,10 +109,13 @@ class PlannedLoader:
         self.close()
 
     def close(self) -> None:
-        """Ends the planner's process."""
-        if self._service is not None:
-            self._service.close()
-            self._service = None
+        """Ends the planner's process and the reader's thread."""
+        if self._planner is not None:
+            self._planner.close()
+            self._planner = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def sequence_ids(self, step: int) -> IntArray:
         """(batch_size,) ids of the sequences of a step."""
@@ -124,38 +142,30 @@ class PlannedLoader:
         """
         self._profile = profile
         if replan:
-            self._stale += sum(step not in self._replay for step in range(self._next, self._submitted))
             self._submitted = self._next
-        if self._service is not None:
-            self._service.update(profile)
+            self._made.clear()
+            for reading in self._reading.values():
+                reading.cancel()
+            self._reading.clear()
+            if self._planner is not None:
+                self._planner.forget()
+        if self._planner is not None:
+            self._planner.update(profile)
 
     def _submit(self, until: int) -> None:
         while self._submitted < min(until, self._steps):
-            if self._service is not None and self._submitted not in self._replay:
-                self._service.submit(self._sequences.lengths[self.sequence_ids(self._submitted)])
+            if self._planner is not None and self._submitted not in self._replay:
+                self._planner.submit(self._submitted, self._sequences.lengths[self.sequence_ids(self._submitted)])
             self._planned_with[self._submitted] = self._profile
             self._submitted += 1
 
     def _batch(self, step: int) -> PlannedBatch:
-        answer: list[Any] = [None]
         self._submit(step + 1 + self._plan_ahead)
         self._next = step + 1
-        if step in self._replay:
-            answer = [(self._replay[step], 0.0)]
-        elif self._service is not None:
-            try:
-                for _ in range(self._stale):
-                    self._service.result(self._plan_timeout_s)
-                answer = [self._service.result(self._plan_timeout_s)]
-            except PlannerError as error:  # sent on, so that it ends all ranks and not this one alone
-                answer = [error]
-            self._stale = 0
-        dist.broadcast_object_list(answer, src=0, group=self._control)
-        if isinstance(answer[0], PlannerError):
-            raise PlannerError(f"step {step}: {answer[0]}")
-        plan: Plan
-        plan, plan_wait_s = answer[0]
-        batch = self.unplanned(step)
+        self._receive(step)
+        batch = self._planned(step)
+        assert batch is not None
+        plan = batch.plan
         if not plan.has_plan:
             raise ValueError(f"step {step}: no plan: {plan.reason}")
         profile = self._planned_with.pop(step)
@@ -163,11 +173,48 @@ class PlannedLoader:
             plan = predicted_anew(plan, batch.lengths, profile)
         if faults := violations(plan, batch.lengths, profile):
             raise ValueError(f"step {step}: the plan is illegal in {len(faults)} ways, the first is: {faults[0]}")
-        if plan_wait_s and dist.get_rank() == 0:
+        if batch.plan_wait_s and dist.get_rank() == 0:
             why = (
                 ": nothing was planned before, and an installation's first plan compiles the planner"
                 if step == self._first_step
                 else ""
             )
-            log.info("step %d waited %.3f s for its plan%s", step, plan_wait_s, why)
-        return replace(batch, plan=plan, plan_s=plan.solve_s or 0.0, plan_wait_s=plan_wait_s)
+            log.info("step %d waited %.3f s for its plan%s", step, batch.plan_wait_s, why)
+        self.fallbacks += batch.fallback
+        self._read(step)
+        self._made.pop(step, None)
+        return replace(batch, plan=plan, ahead=self._reading.pop(step, None))
+
+    def _receive(self, step: int) -> None:
+        """This step's plan from rank 0, and those of later steps that are there already. A collective."""
+        answer: list[Any] = [{}]
+        if self._planner is not None:
+            try:
+                answer = [self._planner.take(step)]
+            except PlannerError as error:  # sent on, so that it ends all ranks and not this one alone
+                answer = [error]
+        dist.broadcast_object_list(answer, src=0, group=self._control)
+        if isinstance(answer[0], PlannerError):
+            raise PlannerError(f"step {step}: {answer[0]}")
+        self._made |= answer[0]
+
+    def _planned(self, step: int) -> PlannedBatch | None:
+        """A batch as it was planned; None where its plan is not there yet."""
+        made = Made(self._replay[step], 0.0, False) if step in self._replay else self._made.get(step)
+        if made is None:
+            return None
+        return replace(
+            self.unplanned(step),
+            plan=made.plan,
+            plan_s=made.plan.solve_s or 0.0,
+            plan_wait_s=made.wait_s,
+            fallback=made.fallback,
+        )
+
+    def _read(self, step: int) -> None:
+        """Begins to read this rank's part of the step, and of those after it whose plans are there."""
+        if self._reader is None:
+            return
+        for each in range(step, min(step + self._read_ahead + 1, self._submitted)):
+            if each not in self._reading and (batch := self._planned(each)) is not None:
+                self._reading[each] = self._reader.begin(batch)
