@@ -118,6 +118,11 @@ class BusyClock(_Clock):
         """Which micro-batch since the last reading is running, from 0; -1 where none has begun."""
         return len(self._begins) - 1
 
+    def progress(self) -> str:
+        """How far the step is, in words; for other threads, which may ask at any time."""
+        at, layers = self.micro_batch, self.layers_done
+        return "" if at < 0 else f"micro-batch {at}, {layers} layers forward"
+
     def turn(self, loss: Tensor) -> None:
         """Forward and loss have ended, the backward begins, with what FSDP2 does at the model's output, the loss."""
         self._forward = False

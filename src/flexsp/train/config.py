@@ -83,6 +83,9 @@ class PlannerConfig:
     correct: bool = True
     """Correct the profile by what each step measures; it is saved as profile.json in run.dir, from which the next run
     there goes on."""
+    fallback: str = ""
+    """What plans a step at which the planner fails (raises, ends, gives nothing within timeout_s, plans illegally):
+    batch-adaptive, with a warning; empty: that is an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +175,7 @@ CHOICES = {
     "model.reduce_dtype": ("float32", "bfloat16"),
     "planner.policies": ("selective", "full", "offload"),
     "data.overlong": ("drop", "split", "error"),
+    "planner.fallback": ("", "batch-adaptive"),
     "train.optimizer": ("adamw", "adam", "sgd"),
 }
 LEAST = {

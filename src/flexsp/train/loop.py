@@ -19,10 +19,11 @@ from flexsp.train import build
 from flexsp.train.checkpoint import Checkpoints, load_checkpoint
 from flexsp.train.config import Config
 from flexsp.train.display import step_text
+from flexsp.train.failures import Guard
 from flexsp.train.learn import Learner
 from flexsp.train.out_of_memory import OutOfMemoryError, describe, is_out_of_memory
-from flexsp.train.ranks import StopSignal, announce_failure
 from flexsp.train.resume import Start
+from flexsp.train.roll_call import Place
 from flexsp.train.throughput import Throughput
 from flexsp.train.watch import Watch
 
@@ -36,6 +37,7 @@ def train_steps(
     groups: GroupPool,
     learner: Learner,
     start: Start | None,
+    guard: Guard,
     watch: Watch,
 ) -> bool:
     """Trains what is left of the steps; False where SIGTERM ended it before the last."""
@@ -51,20 +53,24 @@ def train_steps(
     mixed, steps = 0, config.train.steps
     kernels: frozenset[str] = frozenset()
     throughput = Throughput(model, dist.get_world_size(), groups.device, config.model.dtype, config.watch.peak_tflops)
-    with StopSignal() as stop, watch.records() as records:
+    place = guard.place
+    place.progress = clock_of(model).progress
+    with watch.records() as records:
         for batch, line in watch.display.track(loader, steps, "training", first_step):
             watch.begin(batch.step)
+            place.at("forward and backward", batch.step, bounded=True)
             learner.watch()
             try:
-                metrics, result = _train_step(config, model, batch, groups, optimizer, learner)
+                metrics, result = _train_step(config, model, batch, groups, optimizer, learner, place)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                raise _out_of_memory(model, batch, learner) from None
+                raise _out_of_memory(model, batch, learner, guard) from None
             if more := result.kernels - kernels:
                 kernels |= more
                 log.info("attention: computed by %s", ", ".join(sorted(more)))
             schedule.step()
+            place.at("correcting the profile", batch.step, bounded=True)
             capacity_tokens = learner.profile.capacity_tokens(1)
             profile, learned = learner.learn(batch, result)
             if profile is not None:
@@ -72,8 +78,11 @@ def train_steps(
             metrics |= {**throughput.of(batch.lengths, metrics["step_s"]), **learned}
             mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
             line.say(step_text(metrics, str(batch.plan)))
+            place.at("writing metrics.jsonl", batch.step)
             records.write(metrics, batch)
-            stopping = stop.asked(groups.control)
+            place.at("asking for a stop", batch.step, bounded=True)
+            stopping = guard.stop.asked(groups.control)
+            place.at("saving a checkpoint", batch.step)
             checkpoints.after_step(batch.step + 1, model, optimizer, schedule, learner.profile, last=stopping)
             if stopping and batch.step + 1 < steps:
                 checkpoints.finish()
@@ -82,6 +91,8 @@ def train_steps(
                 )
                 log.info("stopped by SIGTERM after step %d of %d, %s", batch.step + 1, steps, saved)
                 return False
+            place.at("waiting for its plan", batch.step + 1)
+        place.at("saving the last checkpoint", steps)
         checkpoints.finish()
     log.info(
         "training: %d of %d steps mixed degrees in a micro-batch; %s", mixed, steps - first_step, groups.describe()
@@ -91,12 +102,12 @@ def train_steps(
     return True
 
 
-def _out_of_memory(model: PreTrainedModel, batch: PlannedBatch, learner: Learner) -> RuntimeError:
+def _out_of_memory(model: PreTrainedModel, batch: PlannedBatch, learner: Learner, guard: Guard) -> RuntimeError:
     """The error of a rank that ran out of memory, after the estimate for the next run has been raised and saved.
 
     Only the first rank that runs out does so: others end quietly, as those that wait for it.
     """
-    if not announce_failure():
+    if not guard.has_word():
         return RuntimeError("another rank has failed already")
     num_layers = model.config.get_text_config().num_hidden_layers
     said, raised, policy = describe(batch, clock_of(model), learner.profile, num_layers)
@@ -114,11 +125,13 @@ def _train_step(
     groups: GroupPool,
     optimizer: torch.optim.Optimizer,
     learner: Learner,
+    place: Place,
 ) -> tuple[dict[str, Any], StepResult]:
     """One optimizer step; returns its part of a line of metrics.jsonl, and what it computed."""
     began = time.perf_counter()
     result = forward_backward(model, batch, groups)
     learner.computed()
+    place.at("the optimizer's step", batch.step, bounded=True)
     max_norm = config.train.grad_clip or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -141,7 +154,10 @@ def _train_step(
         "step_s": step_s,
         "plan_s": batch.plan_s,
         "plan_wait_s": batch.plan_wait_s,
+        "data_wait_s": batch.data_wait_s,
         "tokens_per_s": tokens / step_s,
         "communicators": groups.num_groups,
     }
+    if batch.fallback:
+        metrics["fallback"] = True
     return metrics, result

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import os
 import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,77 +44,92 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
 
 
 class StopSignal:
-    """SIGTERM as a request, while inside: the step is finished first, however often it comes.
+    """SIGTERM as a request, while inside: a step is finished first, however often it comes.
 
     A scheduler may signal every process, and torchrun its workers once more; what is stuck SIGKILL ends.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked_here = False
+        """Whether this rank was asked to stop."""
         self._before: Any = None
 
     def __enter__(self) -> StopSignal:
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self._before = signal.signal(signal.SIGTERM, self.note)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def _note(self, *_: object) -> None:
-        self._asked = True
+    def note(self, *_: object) -> None:
+        """The signal has come."""
+        self.asked_here = True
 
     def asked(self, control: dist.ProcessGroup) -> bool:
         """Whether any rank was asked to stop. A collective: the signal reaches ranks at different steps."""
-        asked = torch.tensor([int(self._asked)])
+        asked = torch.tensor([int(self.asked_here)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=control)
         return bool(asked.item())
 
 
+class Board:
+    """A board that all ranks read and write: the store of torchrun's agent.
+
+    It is there before any process group and outlives a failing rank. Where there is none (`env://` by other launchers),
+    or it has ended, nothing is found on it. Its methods may be called by any thread.
+    """
+
+    def __init__(self) -> None:
+        self._store = _agent_store()
+        self._prefix = f"flexsp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
+
+    @property
+    def is_there(self) -> bool:
+        """Whether other ranks can read what is posted."""
+        return self._store is not None
+
+    def add(self, key: str, amount: int) -> int | None:
+        """A counter after adding to it; None where there is no board."""
+        total: int | None = self._ask(lambda store: int(store.add(self._prefix + key, amount)))
+        return total
+
+    def post(self, key: str, document: Any) -> None:
+        """Puts a JSON document up, in the place of an earlier one."""
+        self._ask(lambda store: store.set(self._prefix + key, json.dumps(document)))
+
+    def read(self, key: str) -> Any:
+        """What was posted; None where nothing was."""
+        if not self._ask(lambda store: store.check([self._prefix + key])):
+            return None
+        return self._ask(lambda store: json.loads(store.get(self._prefix + key)))
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        if self._store is None:
+            return None
+        try:
+            return question(self._store)
+        except dist.DistNetworkError:  # the agent has ended
+            self._store = None
+        except RuntimeError:  # it does not answer
+            pass
+        return None
+
+
 def first_to_say(text: str) -> bool:
     """Whether no other rank has said this yet, so that what all ranks find wrong is printed once."""
-    key = "flexsp/said/" + hashlib.sha256(text.encode()).hexdigest()
-    return _added(key, 1) in (None, 1)  # better twice than not at all
+    key = "said/" + hashlib.sha256(text.encode()).hexdigest()
+    return Board().add(key, 1) in (None, 1)  # better twice than not at all
 
 
-FAILED, EXPLAINED = "flexsp/failed", "flexsp/explained"
-PATIENCE_S = 5.0
-"""How long a rank waits for another to say why it ends: torchrun ends all ranks once one of them has."""
-
-
-def announce_failure() -> bool:
-    """Tells the other ranks that this one ends and will say why; False where another was first."""
-    return _added(FAILED, 1) in (None, 1)
-
-
-def failure_explained() -> None:
-    """The rank that announced its end has said why."""
-    _added(EXPLAINED, 1)
-
-
-def failure_of_another() -> bool:
-    """Whether a rank has announced its end; waits until that one has said why."""
-    if not _added(FAILED, 0):
-        return False
-    until = time.monotonic() + PATIENCE_S
-    while not _added(EXPLAINED, 0) and time.monotonic() < until:
-        time.sleep(0.1)
-    return True
-
-
-def _added(key: str, amount: int) -> int | None:
-    """A counter that all ranks share, after adding to it; None where there is none.
-
-    It is in the store of torchrun's agent, which is there before any process group and outlives a failing rank.
-    """
+def _agent_store() -> Any:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     try:
-        store = dist.TCPStore(  # type: ignore[attr-defined]
+        return dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             timeout=datetime.timedelta(seconds=10),
         )
-        return int(store.add(key, amount))
-    except (KeyError, RuntimeError):
+    except (KeyError, ValueError, RuntimeError):
         return None

@@ -24,6 +24,7 @@ from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
 from flexsp.train.export import save_pretrained
+from flexsp.train.failures import Guard
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import train_steps
 from flexsp.train.ranks import joined_ranks
@@ -38,15 +39,18 @@ def run_from_config(path: str, overrides: Sequence[str]) -> int:
     """What `flexsp train` does; returns the exit status.
 
     Raises:
-        ValueError: bad configuration, data, model or profile; the message is one line.
+        ValueError: bad configuration; the message is one line. What goes wrong later is said here, once for all ranks.
+        SystemExit: with the status, where something did.
     """
     config = load_config(path, overrides)
-    with joined_ranks(config.run.timeout_s), Display() as display:
-        train(config, display)
+    with Guard(Path(config.run.dir), config.run.timeout_s) as guard, guard.explaining():
+        guard.place.at("joining the other ranks")
+        with joined_ranks(config.run.timeout_s), guard.explaining(), Display() as display:
+            train(config, display, guard)
     return 0
 
 
-def train(config: Config, display: Display) -> None:
+def train(config: Config, display: Display, guard: Guard) -> None:
     """One run.
 
     1. Find the checkpoint to go on from, if any.
@@ -56,25 +60,28 @@ def train(config: Config, display: Display) -> None:
     5. Compare the planners on further batches, weights untouched.
     6. Save the model.
 
-    SIGTERM ends it after a step and a checkpoint.
+    SIGTERM ends it after a step and a checkpoint; before the first step and after the last, at once.
     """
     transformers_logging.disable_progress_bar()
     find_planner(config.planner.name)  # a wrong name is an error before anything slow
     timeout = datetime.timedelta(seconds=config.run.timeout_s)
     groups = GroupPool(timeout=timeout, transport=config.run.transport or None)
     from_first_rank(lambda: check_sinks(config), groups)
+    guard.place.at("looking for a checkpoint")
     start = from_first_rank(lambda: find_start(config), groups)
     first_step = 0 if start is None else start.steps
     _make_folder(Path(config.run.dir))
     with Watch(config, display, groups, first_step, append=start is not None) as watch:
-        _train(config, groups, start, watch)
+        _train(config, groups, start, guard, watch)
         watch.summarize()
 
 
-def _train(config: Config, groups: GroupPool, start: Start | None, watch: Watch) -> None:
+def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard, watch: Watch) -> None:
     first_step, folder = 0 if start is None else start.steps, Path(config.run.dir)
     replay = from_first_rank(lambda: read_plan_log(config.planner.replay) if config.planner.replay else {}, groups)
+    guard.place.at("opening the data")
     sequences = build.build_sequences(config)
+    guard.place.at("building the model")
     model = build.build_model(config.model, config.train.seed)
     build.check_fit(model, sequences, config.data.max_length)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -83,16 +90,19 @@ def _train(config: Config, groups: GroupPool, start: Start | None, watch: Watch)
         type(model).__name__, f"{num_parameters:,}", dist.get_world_size(), dist.get_backend(),
     )  # fmt: skip
     model = build.prepare(model, config.model)
+    guard.place.at("measuring the profile")
     measured = build.build_profile(config, model, groups, watch.display)
     saved = None if start is None else start.profile
     profile = from_first_rank(lambda: go_on(measured, folder, config.planner.correct, saved), groups)
     build.check_profile(profile, config, None if profile == measured else folder / FILE)
+    guard.place.at("preparing the first step")
     device = next(model.parameters()).device
     learner = Learner(measured, profile, groups, device, folder, config.planner.correct, first_step)
 
     with _loader(config, sequences, profile, groups, first_step, replay) as loader:
-        if not train_steps(config, model, loader, groups, learner, start, watch):
+        if not train_steps(config, model, loader, groups, learner, start, guard, watch):
             return
+        guard.place.at("comparing planners")
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
     if compared and build.policy_for(learner.profile, config.data.max_length):
         log.info("comparison: left out: one degree for all holds the context limit under no policy, and chooses none")
@@ -102,6 +112,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, watch: Watch)
         if dist.get_rank() == 0:
             jsonfields.write_object(folder / "comparison.json", report)
         log.info("%s", summary_line(report))
+    guard.place.at("saving the model")
     if config.run.save_model:
         save_pretrained(model, folder / "model")
 
@@ -143,4 +154,6 @@ def _loader(
         plan_ahead=config.planner.plan_ahead,
         plan_timeout_s=config.planner.timeout_s,
         replay=replay,
+        fallback=config.planner.fallback,
+        read_timeout_s=0.8 * config.run.timeout_s,  # before the others, in a collective, give up
     )

@@ -1,0 +1,295 @@
+"""How a run ends that cannot go on: with one line for the whole job, on every rank within a stated time.
+
+A rank that fails by itself puts its traceback into a file, says one line and ends; the others, whose collectives then
+fail, end without a word. Where no rank has said anything, those whose collective failed, or did not come about in
+time, call the roll: every rank that can answers where it is, its watching thread if the main thread cannot. Who does
+not answer within `ROLL_CALL_S` is at fault, or else whose main thread is busy with something of its own; one rank says
+so. Once a line has been said, every rank's watching thread ends its process within `TICK_S + GRACE_S`, whatever the
+main thread is doing: in a collective of NCCL that notices nothing, in a computation, in a loop.
+
+Ranks speak to each other over the board (`flexsp.train.ranks.Board`). Without it each rank that fails says a line of
+its own.
+
+    first       a counter: who raises it to 1 has the word
+    alarm       something is wrong: answer
+    found/RANK  the answer
+    seen/RANK   where a rank was, at most a tick ago
+    said        the line has been said; the status to end with
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+import torch
+
+from flexsp.parallel import PlanMismatchError, RankError
+from flexsp.planner.service import PlannerError
+from flexsp.train.checkpoint import CheckpointError
+from flexsp.train.out_of_memory import OutOfMemoryError
+from flexsp.train.ranks import Board, StopSignal
+from flexsp.train.roll_call import Kind, Place, Report, as_json, failed_collective, from_json, report, verdict
+
+TICK_S = 1.0
+"""Between two looks of a rank's watching thread at the board and at its main thread."""
+ROLL_CALL_S = 8.0
+"""How long answers are waited for; longer than a tick on a machine that is short of cores."""
+GRACE_S = 3.0
+"""How long the main thread may take to end by itself once the line has been said."""
+PATIENCE_S = 5.0
+"""How long a rank waits for the line of the one that has the word."""
+BACKSTOP_S = 10.0
+"""By how much longer than a collective a main thread may stay at one place in a step."""
+
+LONGEST = 400
+"""Characters of an exception that are said; its traceback has all."""
+
+OF_ALL_RANKS = (CheckpointError, PlanMismatchError, PlannerError, RankError)
+"""Errors that ranks have agreed on; the message names step, rank and cause."""
+
+
+class Guard:
+    """Stands over one rank of a run, while inside: its exceptions, SIGTERM, other ranks' word, and standing still."""
+
+    def __init__(self, folder: Path, timeout_s: float) -> None:
+        """
+        Args:
+            folder: of the run; tracebacks go there.
+            timeout_s: of collectives.
+        """
+        self.place = Place()
+        self.stop = StopSignal()
+        self._folder, self._timeout_s = folder, timeout_s
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._board = Board()
+        self._ending = threading.Lock()
+        """Held by the thread that ends the process, until it has ended."""
+        self._has_word = False
+        self._answered = False
+        self._seen = ""
+        self._main = threading.get_ident()
+        self._ours, self._theirs = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="flexsp-guard", daemon=True)
+
+    def __enter__(self) -> Guard:
+        with suppress(OSError):
+            self._file().unlink(missing_ok=True)
+        self.stop.__enter__()
+        self._theirs.setblocking(False)
+        signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)  # heard though the main thread be busy
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._answer(Kind.DONE)
+        signal.set_wakeup_fd(-1)
+        self.stop.__exit__()
+        self._theirs.close()
+        self._thread.join(timeout=2 * TICK_S)
+        self._ours.close()
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """An exception from inside is said once for all ranks, and ends this process."""
+        try:
+            yield
+        except SystemExit:
+            raise
+        except BaseException as error:  # torch's checkpoint errors are no Exceptions
+            with self._ending:
+                leave(self._explain(error))
+
+    def has_word(self) -> bool:
+        """Whether this rank is the first that fails, and so the one to say why."""
+        self._has_word = self._has_word or self._board.add("first", 1) in (None, 1)
+        return self._has_word
+
+    def _explain(self, error: BaseException) -> int:
+        """Says what there is to say of an exception of the main thread; returns the exit status."""
+        text = " ".join(str(error).split())
+        if isinstance(error, (OutOfMemoryError, *OF_ALL_RANKS)) or _is_bad_input(error, self.place.step):
+            if error.__cause__ is not None:  # raised on all ranks, caused here
+                self._keep(error)
+            return self._say(text, 2 if isinstance(error, ValueError) else 1)
+        if isinstance(error, KeyboardInterrupt):
+            return self._say("interrupted", 130)
+        cause = f"{type(error).__name__}: {text[:LONGEST]}"
+        kind = failed_collective(error)
+        if kind is None or self._alone:
+            return self._say(f"{self._where()}: {cause} ({self._keep(error)})", 1)
+        status = self._find_out(kind, cause)
+        if status:
+            self._keep(error)
+        return status
+
+    def _say(self, text: str, status: int, stream: TextIO | None = None) -> int:
+        """One line, unless another rank has the word: its line is waited for then. Returns the status to end with."""
+        if self.has_word():
+            print(f"flexsp train: {text}", file=stream or sys.stderr, flush=True)
+            self._board.post("said", status)
+            self._board.post("alarm", True)
+            return status
+        said, until = None, time.monotonic() + PATIENCE_S
+        while said is None and time.monotonic() < until:
+            time.sleep(0.1)
+            said = self._board.read("said")
+        return status if said is None else int(said)
+
+    def _find_out(self, kind: Kind, cause: str) -> int:
+        """Calls the roll and says who is at fault, unless another rank does. Returns the status to end with."""
+        own = self._answer(kind, cause)
+        self._board.post("alarm", True)
+        found = self._roll_call(own)
+        kinds = {each.kind for each in found.values()}
+        if len(found) == self._world_size and Kind.ASKED in kinds and Kind.LATE not in kinds:
+            return self._stopped()
+        seen = {rank: from_json(said) for rank in range(self._world_size) if (said := self._board.read(f"seen/{rank}"))}
+        return self._say(verdict(found, seen, own, self._world_size), 1)
+
+    def _roll_call(self, own: Report) -> dict[int, Report]:
+        """The answers by rank, once all are there, or after `ROLL_CALL_S`, or where a rank has the word."""
+        found = {self._rank: own}
+        until = time.monotonic() + ROLL_CALL_S
+        while len(found) < self._world_size and time.monotonic() < until and not self._board.add("first", 0):
+            for rank in range(self._world_size):
+                if rank not in found and (said := self._board.read(f"found/{rank}")) is not None:
+                    found[rank] = from_json(said)
+            time.sleep(0.1)
+        return found
+
+    def _answer(self, kind: Kind, error: str = "") -> Report:
+        """Reports this rank. For one that has not come out, which line it is at."""
+        inside = self._main if kind in (Kind.HERE, Kind.STUCK) else None
+        said = report(self._rank, kind, self.place, error, inside)
+        self._answered = True
+        self._board.post(f"found/{self._rank}", as_json(said))
+        return said
+
+    def _run(self) -> None:
+        """The watching thread."""
+        while True:
+            readable, _, _ = select.select([self._ours], [], [], TICK_S)
+            if readable:
+                signals = self._ours.recv(64)
+                if not signals:
+                    return
+                if signal.SIGTERM in signals:
+                    self.stop.note()
+            self._look()
+
+    def _look(self) -> None:
+        if self.stop.asked_here and self.place.step is None:
+            self._end(self._asked)
+        if self._board.read("alarm"):
+            self._heed_alarm()
+        self._show()
+        if self.place.still_s() > self._longest_s() and self.place.bounded:
+            self._end(self._stuck)
+
+    def _longest_s(self) -> float:
+        """How long the main thread may stay at one place. On CUDA it is to be found before NCCL's watchdog aborts."""
+        return 0.8 * self._timeout_s if torch.cuda.is_available() else self._timeout_s + BACKSTOP_S
+
+    def _show(self) -> None:
+        """Where this rank is, for the others to find where it cannot answer any more."""
+        said = report(self._rank, Kind.HERE, self.place)
+        if said.where != self._seen:
+            self._seen = said.where
+            self._board.post(f"seen/{self._rank}", as_json(said))
+
+    def _heed_alarm(self) -> None:
+        """Another rank has called the roll: answers, and ends this process once the line has been said."""
+        if not self._answered:
+            self._answer(Kind.HERE)
+        said, until = None, time.monotonic() + ROLL_CALL_S + PATIENCE_S
+        while said is None and time.monotonic() < until:
+            time.sleep(0.1)
+            said = self._board.read("said")
+        time.sleep(GRACE_S)
+        if said != 0 and not self._ending.locked():
+            self._keep(None)
+        lost = f"{self._where()}: another rank called the roll and has ended"
+        self._end(lambda: self._say(lost, 1) if said is None else int(said))
+
+    def _stuck(self) -> int:
+        """This rank's main thread has not moved for too long."""
+        cause = f"nothing has moved for {self.place.still_s():.0f} s ({self._keep(None)})"
+        if self._alone:
+            return self._say(f"{self._where()}: {cause}", 1)
+        return self._find_out(Kind.STUCK, cause)
+
+    def _asked(self) -> int:
+        """SIGTERM, and no step to finish. torchrun sends it too where another rank has died: the roll tells."""
+        return self._stopped() if self._alone else self._find_out(Kind.ASKED, "")
+
+    def _stopped(self) -> int:
+        if not self._board.is_there and self._rank != 0:
+            return 0
+        return self._say(f"stopped by SIGTERM while {self.place.phase}; the same command goes on", 0, sys.stdout)
+
+    def _end(self, how: Callable[[], int]) -> None:
+        """In the watching thread: ends the process, unless the main thread is about to, and soon."""
+        status = how() if self._ending.acquire(timeout=ROLL_CALL_S + 2 * PATIENCE_S) else 1
+        leave(status, at_once=True)
+
+    @property
+    def _alone(self) -> bool:
+        return self._world_size == 1 or not self._board.is_there
+
+    def _where(self) -> str:
+        step = self.place.step
+        return ("" if step is None else f"step {step}, ") + f"rank {self._rank}, {self.place.phase}"
+
+    def _file(self) -> Path:
+        return self._folder / f"error-rank-{self._rank}.txt"
+
+    def _keep(self, error: BaseException | None) -> str:
+        """Writes a traceback, or without an error where the main thread is, into this rank's file; says where."""
+        if error is None:
+            lines = traceback.format_stack(sys._current_frames()[self._main])
+        else:
+            lines = traceback.format_exception(error)
+        text = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {self._where()}\n{''.join(lines)}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file().write_text(text, encoding="utf-8")
+        except OSError as failed:
+            return f"no traceback: {self._file()} cannot be written, {failed.strerror}"
+        return f"traceback in {self._file()}"
+
+
+def leave(status: int, at_once: bool = False) -> NoReturn:
+    """Ends this process. Of several ranks without the interpreter's own end, which waits for threads and collectives.
+
+    Args:
+        status: to end with.
+        at_once: in any case; for threads, whose exceptions end nothing.
+
+    Raises:
+        SystemExit: for a rank alone.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            if stream.isatty():
+                stream.write("\x1b[?25h")  # the cursor, which a progress bar hides
+            stream.flush()
+    if at_once or "RANK" in os.environ:
+        os._exit(status)
+    raise SystemExit(status)
+
+
+def _is_bad_input(error: BaseException, step: int | None) -> bool:
+    """Whether it is what all ranks find wrong alike, and not a ValueError of this rank's own in a step."""
+    return isinstance(error, ValueError) and (step is None or str(error).startswith(f"step {step}:"))

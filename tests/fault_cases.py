@@ -1,0 +1,176 @@
+"""Faults put into a run from outside, by name; each is called in every rank before `flexsp train` begins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flexsp.data import Sequences
+from flexsp.parallel import step
+from flexsp.train import build
+
+RANK, STEP = 1, 2
+"""Where a fault strikes."""
+
+
+def here() -> bool:
+    return os.environ["RANK"] == str(RANK)
+
+
+def at_forward(strike: Callable[[Any], Any]) -> None:
+    """`strike(loss)` in the first micro-batch of the step, on the rank."""
+    honest, ran = step._loss_sum, step.forward_backward
+    now: list[int] = [-1]
+
+    def noting(model, batch, groups):
+        now[0] = batch.step
+        return ran(model, batch, groups)
+
+    def struck(model, micro_batch, context):
+        loss = honest(model, micro_batch, context)
+        if here() and now[0] == STEP:
+            now[0] = -1
+            strike(loss)
+        return loss
+
+    from flexsp.train import loop
+
+    step._loss_sum, loop.forward_backward = struck, noting
+
+
+def none() -> None:
+    pass
+
+
+def raises_in_forward() -> None:
+    def strike(loss):
+        raise RuntimeError("the fan\nhas stopped")
+
+    at_forward(strike)
+
+
+def raises_value_error_in_forward() -> None:
+    def strike(loss):
+        raise ValueError("an odd shape")
+
+    at_forward(strike)
+
+
+def raises_in_backward() -> None:
+    def strike(loss):
+        def late(gradient):
+            raise ArithmeticError("no gradient today")
+
+        loss.register_hook(late)
+
+    at_forward(strike)
+
+
+def raises_in_optimizer() -> None:
+    honest = torch.optim.AdamW.step
+    done = [0]
+
+    def struck(self, *arguments):
+        done[0] += 1
+        if here() and done[0] > STEP:
+            raise RuntimeError("no step today")
+        return honest(self, *arguments)
+
+    torch.optim.AdamW.step = struck
+
+
+def killed() -> None:
+    """The others are in a collective."""
+    at_forward(lambda loss: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def exits_with_0() -> None:
+    """The launcher sees no failure."""
+    at_forward(lambda loss: os._exit(0))
+
+
+def stopped() -> None:
+    at_forward(lambda loss: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def loops() -> None:
+    def strike(loss):
+        while True:
+            time.sleep(0.05)
+
+    at_forward(strike)
+
+
+def build_of(strike: Callable[[], Any]) -> None:
+    honest = build.build_model
+
+    def struck(*arguments):
+        if here():
+            strike()
+        return honest(*arguments)
+
+    build.build_model = struck
+
+
+def raises_early() -> None:
+    def strike():
+        raise OSError("the shelf is empty")
+
+    build_of(strike)
+
+
+def killed_early() -> None:
+    build_of(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def asked_early() -> None:
+    """One rank is sent SIGTERM, and another is busy."""
+    build_of(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
+
+
+def all_asked_early() -> None:
+    honest = build.build_model
+
+    def struck(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2 if here() else 60)
+        return honest(*arguments)
+
+    build.build_model = struck
+
+
+def read_of(strike: Callable[[], Any]) -> None:
+    """`strike` at the rank's fifteenth reading, ahead of the step that it is for."""
+    honest = Sequences.read
+    count = [0]
+
+    def struck(self, *arguments):
+        count[0] += 1
+        if here() and count[0] == 15:
+            strike()
+        return honest(self, *arguments)
+
+    Sequences.read = struck
+
+
+def reader_raises() -> None:
+    def strike():
+        raise OSError(5, "Input/output error", "shard-7.parquet")
+
+    read_of(strike)
+
+
+def reader_dies() -> None:
+    def strike():
+        raise SystemExit("no more")
+
+    read_of(strike)
+
+
+def reader_stalls() -> None:
+    read_of(lambda: time.sleep(10_000))
