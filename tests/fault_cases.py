@@ -174,3 +174,20 @@ def reader_dies() -> None:
 
 def reader_stalls() -> None:
     read_of(lambda: time.sleep(10_000))
+
+
+def first_killed_while_planning() -> None:
+    """Rank 0, whose planner is in the midst of a plan that never ends."""
+    if os.environ["RANK"] != "0":
+        return
+    from flexsp.train import loop
+
+    honest = loop.forward_backward
+
+    def struck(model, batch, groups):
+        if batch.step == 1:
+            time.sleep(1.0)  # the planner has come to the third batch
+            os.kill(os.getpid(), signal.SIGKILL)
+        return honest(model, batch, groups)
+
+    loop.forward_backward = struck

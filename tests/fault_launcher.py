@@ -67,6 +67,7 @@ def start(rank: int, port: int, request: dict, out: int, err: int) -> int:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["world_size"]),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
+        os.environ["FLEXSP_TEST_RUN"] = request["name"]
         if request["agent"]:
             os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         import fault_cases

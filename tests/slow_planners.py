@@ -20,6 +20,37 @@ def stalls(lengths, profile):
     time.sleep(10_000)
 
 
+_planned = [0]
+
+
+def _third() -> bool:
+    """Whether this is the third batch of this process."""
+    _planned[0] += 1
+    return _planned[0] == 3
+
+
+def dies_at_the_third(lengths, profile):
+    return os._exit(3) if _third() else flexsp.plan(lengths, profile)
+
+
+def raises_at_the_third(lengths, profile):
+    return raises(lengths, profile) if _third() else flexsp.plan(lengths, profile)
+
+
+def stalls_at_the_third(lengths, profile):
+    return stalls(lengths, profile) if _third() else flexsp.plan(lengths, profile)
+
+
+def illegal_at_the_third(lengths, profile):
+    return illegal(lengths, profile) if _third() else flexsp.plan(lengths, profile)
+
+
+def prints_in_c(lengths, profile):
+    """Writes to the descriptor that the protocol began on."""
+    os.write(1, b"a library's banner\n")
+    return flexsp.plan(lengths, profile)
+
+
 def noisy(lengths, profile):
     """Prints, which must not disturb."""
     print("planning")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from equality_ranks import pool
 from flexsp.batches import global_batch
-from flexsp.data import PlannedLoader, Sequences
+from flexsp.data import PlannedBatch, PlannedLoader, Sequences
+from flexsp.data.read_ahead import Reader
 from flexsp.planner.service import PlannerError
+from flexsp.plans import Plan
 from profiles import profile
 
 
@@ -31,6 +35,10 @@ class Corpus:
     def describe(self, document):
         return f"document {document}"
 
+    def read(self, document, start, stop):
+        tokens = (np.arange(start, stop) * 7 + document) % 251
+        return tokens, tokens
+
 
 def sequences() -> Sequences:
     lengths = Corpus.lengths
@@ -47,7 +55,7 @@ def batches_of_a_run(planner: str) -> list[tuple]:
         return [(b.step, b.sequence_ids.tolist(), b.lengths.tolist(), str(b.plan.micro_batches)) for b in batches]
 
 
-@pytest.mark.parametrize("planner", ["flex", "static", "slow_planners:noisy"])
+@pytest.mark.parametrize("planner", ["flex", "static", "slow_planners:noisy", "slow_planners:prints_in_c"])
 def test_all_ranks_get_the_same_batches_and_plans(ranks, planner):
     results = ranks(4).run(batches_of_a_run, planner)
     assert results[0] == results[1] == results[2] == results[3]
@@ -111,6 +119,94 @@ def error_of(planner: str) -> str:
 def test_a_planner_that_fails_is_an_error_on_all_ranks(ranks, planner, message):
     for said in ranks(4).run(error_of, planner):
         assert said.startswith(message)
+
+
+def planners_with_a_fallback(planner: str, timeout_s: float) -> tuple[list[str], int]:
+    """Of each step, who planned it; every plan is legal, or the loader would say so."""
+    options = {"steps": 8, "plan_ahead": 2, "fallback": "batch-adaptive", "plan_timeout_s": timeout_s}
+    with loader(f"slow_planners:{planner}", **options) as batches:
+        found = [(b.plan.planner, b.fallback) for b in batches]
+        assert all(fallback == (name == "batch-adaptive") for name, fallback in found)
+        return [str(name) for name, _ in found], batches.fallbacks
+
+
+@pytest.mark.parametrize("planner", ["raises", "dies", "illegal", "nothing", "stalls"])
+def test_with_a_fallback_a_planner_that_always_fails_costs_no_step(ranks, planner):
+    """One that dies or stalls is started again three times and then given up."""
+    timeout_s = 0.5 if planner == "stalls" else 300.0
+    for found in ranks(2).run(planners_with_a_fallback, planner, timeout_s):
+        assert found == (["batch-adaptive"] * 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("planner", "fails_at"),
+    [("raises", [2]), ("illegal", [2]), ("dies", [2, 5]), pytest.param("stalls", [2, 5], marks=pytest.mark.slow)],
+)
+def test_with_a_fallback_the_queued_batches_are_planned_by_the_planner_once_it_is_there_again(ranks, planner, fails_at):
+    """A new process fails at its third batch again."""
+    timeout_s = 25.0 if planner == "stalls" else 300.0  # importing on busy cores takes a while
+    expected = ["batch-adaptive" if step in fails_at else "flex" for step in range(8)]
+    for found in ranks(2).run(planners_with_a_fallback, f"{planner}_at_the_third", timeout_s, timeout_s=120.0):
+        assert found == (expected, len(fails_at))
+
+
+def rank_batches(read_ahead: int) -> list[list]:
+    """What each step gives this rank, as lists; between steps the planner is waited for, so that it is ahead."""
+    found = []
+    with loader(steps=8, plan_ahead=3, read_ahead=read_ahead) as batches:
+        for batch in batches:
+            assert (batch.ahead is None) == (read_ahead < 0)
+            parts = batch.for_rank(dist.get_rank())
+            found.append(
+                [(p.ranks, p.input_ids.tolist(), p.shift_labels.tolist(), p.position_ids.tolist()) for p in parts]
+            )
+            if batch.step == 3:
+                batches.update_profile(replace(profile(dist.get_world_size()), name="another"), replan=True)
+            ahead, until = batches._planner, time.monotonic() + 20.0
+            while ahead is not None and ahead._steps and not ahead._service.ready() and time.monotonic() < until:
+                time.sleep(0.01)
+    return found
+
+
+def test_what_is_read_ahead_is_what_would_be_read_in_the_step(ranks):
+    assert ranks(2).run(rank_batches, 2) == ranks(2).run(rank_batches, 0) == ranks(2).run(rank_batches, -1)
+
+
+def read_before_their_turn() -> int:
+    """Steps of which a token was read while an earlier one was at its turn."""
+    read: set[int] = set()
+    honest = Corpus.read
+    early = 0
+    with patch.object(Corpus, "read", lambda self, document, *at: (read.add(document), honest(self, document, *at))[1]):
+        with loader(steps=6, plan_ahead=3, batch_size=8) as batches:
+            for batch in batches:
+                batch.for_rank(dist.get_rank())
+                following = batches._reading.get(batch.step + 1)
+                if following is not None:
+                    following.result()
+                    early += bool(read & set(batches.sequence_ids(batch.step + 1).tolist()) - set(batch.sequence_ids))
+                time.sleep(0.3)
+    return early
+
+
+def test_tokens_are_read_before_their_step(ranks):
+    assert all(early >= 1 for early in ranks(2).run(read_before_their_turn))
+
+
+def test_another_plan_of_a_batch_is_not_served_what_was_read_for_the_first():
+    whole = Plan.from_json({"format": "flexsp-plan/1", "num_devices": 2, "micro_batches": [
+        {"groups": [{"ranks": [0, 1], "sequences": [0, 1]}]}]})  # fmt: skip
+    apart = Plan.from_json({"format": "flexsp-plan/1", "num_devices": 2, "micro_batches": [
+        {"groups": [{"ranks": [0], "sequences": [0]}, {"ranks": [1], "sequences": [1]}]}]})  # fmt: skip
+    ids = np.array([3, 4])
+    batch = PlannedBatch(step=0, sequence_ids=ids, lengths=sequences().lengths[ids], plan=whole, source=sequences())
+    reader = Reader(0, 10.0)
+    ahead = replace(batch, ahead=reader.begin(batch))
+    other = replace(ahead, plan=apart)
+    assert ahead.for_rank(0) is ahead.for_rank(0)  # read once
+    assert torch.equal(other.for_rank(0)[0].input_ids, replace(batch, plan=apart).for_rank(0)[0].input_ids)
+    assert torch.equal(ahead.for_rank(1)[0].input_ids, batch.for_rank(1)[0].input_ids)
+    reader.close()
 
 
 def infeasible_is_refused() -> None:

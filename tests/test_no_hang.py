@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from flexsp.train.roll_call import Kind, Report, verdict
 from profiles import profile_json
 
 CONFIG = """
@@ -73,14 +74,16 @@ class Launcher:
         self._answer()
 
     def run(self, fault: str, *flags: str, world_size: int = 2, agent: bool = True, kill_after_s: float = 30) -> Ended:
-        """A run with a fault of `fault_cases`; in a folder `out-FAULT`."""
+        """A run with a fault of `fault_cases`, in a folder `out-FAULT`; no process of it is left."""
+        name = f"{self.folder}/{fault}/{' '.join(flags)}"
         request = {
             "fault": fault, "flags": ["--run.dir", f"out-{fault}", *flags], "world_size": world_size, "agent": agent,
-            "cwd": str(self.folder), "kill_after_s": kill_after_s,
+            "cwd": str(self.folder), "kill_after_s": kill_after_s, "name": name,
         }  # fmt: skip
         assert self._child.stdin is not None
         self._child.stdin.write(json.dumps(request) + "\n")
         answer = json.loads(self._answer())
+        assert left_over(name) == []
         return Ended(answer["statuses"], answer["out"], answer["err"])
 
     def _answer(self) -> str:
@@ -118,30 +121,238 @@ def launcher(folder: Path) -> Iterator[Launcher]:
     made.close()
 
 
-def one_line(ended: Ended, pattern: str) -> None:
-    """One line of ours, which says this; no traceback; no process of the run is left."""
-    assert len(ended.said) == 1, ended.err[-3000:]
-    assert re.fullmatch(pattern, ended.said[0]), ended.said[0]
-    assert "Traceback" not in ended.err and "File " not in ended.err, ended.err[-3000:]
-    assert planners() == []
-
-
-def planners() -> list[str]:
-    """Planner processes of this machine whose parent has gone, a moment later."""
+def left_over(name: str) -> list[str]:
+    """What still runs of a run a few seconds after its ranks have ended: planners, whose input has."""
     found: list[str] = []
-    for _ in range(50):
-        found = [each for each in _orphans() if "flexsp.planner.service" in each]
+    until = time.monotonic() + 10.0
+    while time.monotonic() < until:
+        found = list(_processes(f"FLEXSP_TEST_RUN={name}"))
         if not found:
             break
         time.sleep(0.1)
     return found
 
 
-def _orphans() -> Iterator[str]:
+def _processes(variable: str) -> Iterator[str]:
+    """Command lines of processes that were started with this variable and are no zombies."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == 1:
+            if variable.encode() in (path / "environ").read_bytes().split(b"\0"):
                 yield (path / "cmdline").read_text()
-        except (OSError, ValueError):
+        except OSError:
             continue
+
+
+def one_line(ended: Ended, pattern: str) -> None:
+    """One line of ours, which says this, and no traceback."""
+    assert len(ended.said) == 1, ended.err[-3000:]
+    assert re.fullmatch(pattern, ended.said[0]), ended.said[0]
+    assert "Traceback" not in ended.err and 'File "' not in ended.err, ended.err[-3000:]
+
+
+CAUSES = {
+    "raises_in_forward": r"step 2, rank 1, forward and backward: RuntimeError: the fan has stopped",
+    "raises_value_error_in_forward": r"step 2, rank 1, forward and backward: ValueError: an odd shape",
+    "raises_in_backward": r"step 2, rank 1, forward and backward: ArithmeticError: no gradient today",
+    "raises_in_optimizer": r"step 2, rank 1, the optimizer's step: RuntimeError: no step today",
+    "raises_early": r"rank 1, building the model: OSError: the shelf is empty",
+}
+
+
+@pytest.mark.parametrize("fault", CAUSES)
+def test_an_exception_of_one_rank_is_said_once_and_its_traceback_kept(launcher, fault):
+    ended = launcher.run(fault)
+    assert ended.statuses == [1, 1]
+    kept = f"out-{fault}/error-rank-1.txt"
+    one_line(ended, re.escape(f"{CAUSES[fault]} (traceback in {kept})"))
+    text = (launcher.folder / kept).read_text()
+    assert "Traceback (most recent call last)" in text and "fault_cases.py" in text
+
+
+FOUND = r"; found by rank [023] \(step 2, forward and backward.*\)"
+
+
+@pytest.mark.parametrize(("fault", "status"), [("killed", -9), ("exits_with_0", 0)])
+def test_a_rank_that_dies_in_a_step_without_a_word_is_named(launcher, fault, status):
+    ended = launcher.run(fault)
+    assert ended.statuses == [1, status]
+    one_line(ended, r"step 2: rank 1 ended without a word \(killed, or out of memory\?\)" + FOUND)
+
+
+def test_one_of_four_ranks_that_dies_is_named_once(launcher):
+    ended = launcher.run("killed", "--planner.profile", "profile4.json", world_size=4)
+    assert ended.statuses == [1, -9, 1, 1]
+    one_line(ended, r"step 2: rank 1 ended without a word \(killed, or out of memory\?\)" + FOUND)
+
+
+def test_a_rank_that_dies_before_the_first_step_is_named(launcher):
+    """The others are told to end at once, as torchrun does, and find out nevertheless."""
+    ended = launcher.run("killed_early")
+    assert ended.statuses == [1, -9]
+    one_line(ended, r"building the model: rank 1 ended without a word .*; found by rank 0 \(building the model\)")
+
+
+def test_the_planner_of_a_killed_rank_ends_in_the_midst_of_a_plan(launcher):
+    """`run` looks for processes that are left."""
+    ended = launcher.run("first_killed_while_planning", "--planner.name", "slow_planners:stalls_at_the_third")
+    assert ended.statuses == [-9, 1]
+    one_line(ended, r"step 1: rank 0 ended without a word .*; found by rank 1 \(step 1, forward and backward.*\)")
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named_with_what_the_others_wait_in(launcher):
+    """It ends by SIGKILL alone, which is the launcher's."""
+    ended = launcher.run("stopped", "--run.timeout_s", "25", "--planner.profile", "profile4.json", world_size=4,
+                         kill_after_s=15)  # fmt: skip
+    assert ended.statuses == [1, -9, 1, 1]
+    one_line(ended, r"step 2: rank 1 gives no sign \(stopped, or cut off\?\), last seen: rank 1 \(.*\); "
+             r"waited for by ranks? .*\(step 2, forward and backward.*\)")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_rank_that_loops_is_named_with_the_line_that_it_is_at(launcher):
+    ended = launcher.run("loops", "--run.timeout_s", "25")
+    assert ended.statuses == [1, 1]
+    one_line(ended, r"step 2: rank 1 \(step 2, forward and backward, micro-batch 0, 2 layers forward, at "
+             r"fault_cases.py:\d+ strike\) has not moved for \d+ s; waited for by rank 0 \(step 2, .*\)")  # fmt: skip
+    assert "in strike" in (launcher.folder / "out-loops/error-rank-1.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("reader_raises", r"step \d, rank 1: OSError: \[Errno 5\] Input/output error: 'shard-7.parquet'"),
+        ("reader_dies", r"step \d, rank 1: RuntimeError: reading its tokens ended with SystemExit: no more"),
+    ],
+)
+def test_what_goes_wrong_in_the_reading_thread_is_an_error_of_its_step_on_all_ranks(launcher, fault, said):
+    ended = launcher.run(fault)
+    assert ended.statuses == [1, 1]
+    one_line(ended, said)
+    assert "in read" in (launcher.folder / f"out-{fault}/error-rank-1.txt").read_text()
+
+
+@pytest.mark.slow
+def test_storage_that_does_not_answer_is_an_error_that_names_the_rank(launcher):
+    ended = launcher.run("reader_stalls", "--run.timeout_s", "25")
+    assert ended.statuses == [1, 1]
+    one_line(ended, r"step \d, rank 1: DataTimeoutError: its tokens were not read within 20 s; .*")
+
+
+def test_a_full_disk_under_the_records_is_named(launcher):
+    (launcher.folder / "out-full").mkdir()
+    (launcher.folder / "out-full/metrics.jsonl").symlink_to("/dev/full")
+    ended = launcher.run("none", "--run.dir", "out-full")
+    assert ended.statuses == [1, 1]
+    one_line(ended, r"step 0, rank 0, writing the records in run.dir: OSError: \[Errno 28\] No space left on device .*")
+
+
+def test_a_planner_that_dies_costs_a_warning_where_there_is_a_fallback(launcher):
+    flags = ("--planner.name", "slow_planners:dies_at_the_third", "--run.dir", "out-fallback")
+    ended = launcher.run("none", *flags)
+    assert ended.statuses == [1, 1]
+    one_line(ended, r"step 2: the planner's process ended with status 3: no word")
+    ended = launcher.run("none", *flags, "--planner.fallback", "batch-adaptive")
+    assert ended.statuses == [0, 0] and ended.err == ""
+    warnings = [line for line in ended.out.splitlines() if "planned by batch-adaptive instead" in line]
+    assert warnings == ["step 2: the planner's process ended with status 3: no word; planned by batch-adaptive instead"]
+    rows = [json.loads(line) for line in (launcher.folder / "out-fallback/metrics.jsonl").read_text().splitlines()]
+    assert [row.get("fallback") for row in rows] == [None, None, True, None, None]
+
+
+@pytest.mark.parametrize(("fault", "asked"), [("asked_early", "one rank"), ("all_asked_early", "all ranks")])
+def test_sigterm_before_the_first_step_ends_the_run_with_a_message_and_0(launcher, fault, asked):
+    """Though another rank is busy for a minute, or waits in a collective."""
+    ended = launcher.run(fault)
+    assert ended.statuses == [0, 0] and ended.err == ""
+    said = [line for line in ended.out.splitlines() if line.startswith("flexsp train:")]
+    assert len(said) == 1
+    assert said[0].startswith("flexsp train: stopped by SIGTERM while ") and said[0].endswith(
+        "the same command goes on"
+    )
+
+
+def test_without_torchruns_store_each_rank_says_its_own_line(launcher):
+    ended = launcher.run("raises_in_forward", agent=False)
+    assert ended.statuses == [1, 1] and "Traceback" not in ended.err
+    assert len(ended.said) == 2
+    assert sum("RuntimeError: the fan has stopped" in line for line in ended.said) == 1
+    assert all(line.startswith("step 2, rank ") for line in ended.said)
+
+
+def torchrun(folder: Path, *flags: str, world_size: int = 2) -> subprocess.Popen[str]:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(world_size), "-m", "flexsp", "train"]
+    return subprocess.Popen(
+        [sys.executable, *command, "config.toml", *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_while_the_profile_is_measured(folder):
+    child = torchrun(folder, "--planner.profile", "", "--planner.profile_dir", "none", "--run.dir", "out-measuring",
+                     "--planner.max_tokens_per_rank", "800")  # fmt: skip
+    assert child.stdout is not None
+    before = ""
+    while "model:" not in before:
+        before += child.stdout.readline()
+    time.sleep(0.5)
+    os.kill(child.pid, signal.SIGTERM)
+    out, err = child.communicate(timeout=ANSWER_S)
+    assert len(re.findall("flexsp train: stopped by SIGTERM while measuring the profile", out)) == 1, out + err[-2000:]
+    assert "flexsp train:" not in err and "flexsp/" not in err  # torchrun's own traceback is not ours
+
+
+@pytest.mark.slow
+def test_a_rank_of_torchrun_that_is_killed_is_named_once(folder):
+    child = torchrun(folder, "--run.dir", "out-torchrun", "--train.steps", "100000")
+    until = time.monotonic() + ANSWER_S
+    rows = folder / "out-torchrun/metrics.jsonl"
+    while not (rows.exists() and rows.read_text().count("\n") > 2) and time.monotonic() < until:
+        time.sleep(0.05)
+    victim = next(pid for pid in _children(child.pid) if f"RANK={1}".encode() in _environment(pid))
+    os.kill(victim, signal.SIGKILL)
+    out, err = child.communicate(timeout=ANSWER_S)
+    said = [line for line in err.splitlines() if "flexsp train:" in line]
+    assert len(said) == 1, err[-3000:]
+    assert re.search(r"step \d+: rank 1 ended without a word .*; found by rank 0 \(step \d+, .*\)", said[0])
+    assert "flexsp/" not in err
+
+
+def _children(pid: int) -> list[int]:
+    return [int(text) for task in Path(f"/proc/{pid}/task").glob("*/children") for text in task.read_text().split()]
+
+
+def _environment(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+def answer(rank: int, kind: Kind, **said: object) -> Report:
+    fields = {"step": 12, "phase": "forward and backward", "still_s": 1.0, **said}
+    return Report(rank=rank, kind=kind.value, **fields)
+
+
+NORMAL = answer(0, Kind.CLOSED, error="RuntimeError: Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ([NORMAL], "step 12: ranks 1, 2 ended without a word (killed, or out of memory?); found by rank 0 (step 12, "
+         "forward and backward)"),
+        ([answer(0, Kind.LATE), answer(1, Kind.CLOSED)], "step 12: rank 2 gives no sign (stopped, or cut off?), last "
+         "seen: rank 2 (step 11, asking for a stop); waited for by ranks 0, 1 (step 12, forward and backward)"),
+        ([NORMAL, answer(1, Kind.CLOSED), answer(2, Kind.DONE, step=None, phase="saving the model")],
+         "step 12: rank 2 had ended already; still at work: ranks 0, 1 (step 12, forward and backward)"),
+        ([NORMAL, answer(1, Kind.CLOSED), answer(2, Kind.HERE, frame="a.py:3 all_reduce", waits=True)],
+         "step 12, rank 0: RuntimeError: Connection closed by peer; the ranks: ranks 0, 1 (step 12, forward and "
+         "backward); rank 2 (step 12, forward and backward, at a.py:3 all_reduce)"),
+        ([answer(0, Kind.LATE), answer(1, Kind.HERE, frame="b.py:1 loop", still_s=31.4), answer(2, Kind.HERE,
+         frame="a.py:3 all_reduce", waits=True)], "step 12: rank 1 (step 12, forward and backward, at b.py:1 loop) has "
+         "not moved for 31 s; waited for by ranks 0, 2 (step 12, forward and backward)"),
+    ],
+    ids=["dead", "stopped", "done", "unclear", "loops"],
+)  # fmt: skip
+def test_what_follows_from_the_roll(found, said):
+    seen = {2: answer(2, Kind.HERE, step=11, phase="asking for a stop")}
+    assert verdict({each.rank: each for each in found}, seen, found[0], 3) == said

@@ -78,7 +78,7 @@ def train_steps(
             metrics |= {**throughput.of(batch.lengths, metrics["step_s"]), **learned}
             mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
             line.say(step_text(metrics, str(batch.plan)))
-            place.at("writing metrics.jsonl", batch.step)
+            place.at("writing the records in run.dir", batch.step)
             records.write(metrics, batch)
             place.at("asking for a stop", batch.step, bounded=True)
             stopping = guard.stop.asked(groups.control)

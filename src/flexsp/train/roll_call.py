@@ -153,8 +153,8 @@ def verdict(found: Mapping[int, Report], seen: Mapping[int, Report], own: Report
     stuck = [each for each in found.values() if each.kind in (Kind.HERE, Kind.STUCK) and not each.waits]
     waiting = [each for each in found.values() if each not in stuck]
     if late and stuck and waiting:
-        lines = "; ".join(f"{places([s], frames=True)} for {s.still_s:.0f} s" for s in stuck[:4])
-        return f"{head}: {lines}: {_s(stuck, 'it does', 'they do')} not come back; waited for by {places(waiting)}"
+        lines = "; ".join(f"{places([s], frames=True)} has not moved for {s.still_s:.0f} s" for s in stuck[:4])
+        return f"{head}: {lines}; waited for by {places(waiting)}"
     ended = [each.rank for each in found.values() if each.kind == Kind.DONE]
     if ended and len(ended) < world_size:
         return f"{head}: {ranks_text(ended)} had ended already; still at work: {places(waiting)}"
