@@ -98,7 +98,7 @@ def test_numbers_get_tags_whatever_their_key_and_lists_do_not():
     more = {"eval_loss": 2.5, "fallback": True, "data_wait_s": 0.1, "surprise": 4, "said": "text", "none": None}
     assert scalars(row(7, **more)) == {
         "train/loss": 2.0, "time/step_s": 0.5, "data/tokens": 107.0, "plan/micro_batches": 2.0,
-        "profile/ratios/exchange 2": 1.5, "eval/eval_loss": 2.5, "more/fallback": 1.0, "time/data_wait_s": 0.1,
+        "profile/ratios/exchange 2": 1.5, "eval/eval_loss": 2.5, "plan/fallback": 1.0, "time/data_wait_s": 0.1,
         "more/surprise": 4.0,
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ FOLDERS = {
     "tokens": "data",
     "micro_batches": "plan",
     "communicators": "plan",
+    "fallback": "plan",
     "tokens_per_s": "speed",
     "model_flops": "speed",
     "tflops_per_s": "speed",
