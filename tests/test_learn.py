@@ -226,7 +226,7 @@ def train_within(folder: Path, data_bytes: int, *flags: str) -> subprocess.Compl
     flags = (
         "--planner.max_tokens_per_rank", "0", "--planner.sp_degrees", "[1, 2]", "--train.steps", "4",
         "--train.batch_size", "96", "--run.compare_batches", "0", "--run.save_model", "false",
-        "--checkpoint.every", "2", *flags,
+        "--checkpoint.every", "2", "--watch.tensorboard", "false", *flags,
     )  # fmt: skip
     return subprocess.run(
         [sys.executable, *command, *flags],
