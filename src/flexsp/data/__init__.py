@@ -3,6 +3,7 @@
 from flexsp.batches import Overlong
 from flexsp.data.batch import PlannedBatch, RankMicroBatch
 from flexsp.data.corpus import Corpus, PythonStdlib, open_corpus
+from flexsp.data.held_out import hold_out
 from flexsp.data.loader import PlannedLoader
 from flexsp.data.sequences import Sequences, apply_context_limit
 
@@ -15,5 +16,6 @@ __all__ = [
     "RankMicroBatch",
     "Sequences",
     "apply_context_limit",
+    "hold_out",
     "open_corpus",
 ]

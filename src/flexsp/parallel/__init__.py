@@ -11,7 +11,7 @@ from flexsp.parallel.check import check_model
 from flexsp.parallel.groups import GroupPool
 from flexsp.parallel.layouts import check_degrees, default_layouts, layouts_of, powers_of_two
 from flexsp.parallel.model import make_mesh, prepare_model
-from flexsp.parallel.step import StepResult, forward_backward
+from flexsp.parallel.step import StepResult, forward_backward, forward_only
 
 AttentionInterface.register(NAME, flexsp_attention)
 
@@ -26,6 +26,7 @@ __all__ = [
     "default_layouts",
     "flexsp_attention",
     "forward_backward",
+    "forward_only",
     "layouts_of",
     "make_mesh",
     "powers_of_two",

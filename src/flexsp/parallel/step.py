@@ -1,13 +1,16 @@
-"""The step: forward and backward of one global batch as its plan says."""
+"""The step: forward and backward of one global batch as its plan says; or forward alone, to evaluate."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from flexsp.data.batch import PlannedBatch, RankMicroBatch
@@ -26,7 +29,7 @@ class StepResult:
     """What a step computed; the same on all ranks but for times and kernels."""
 
     loss: float
-    """Mean over the labels of the global batch that count."""
+    """Mean over the labels of the global batch that count; 0 where `forward_only` finds none."""
     num_labels: int
     """How many they are."""
     times: tuple[MicroBatchTime, ...]
@@ -56,6 +59,37 @@ def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupP
         RankError: a rank could not read its tokens, or the plan is for another world size or other heads.
         ValueError: no label counts.
     """
+    return _run(model, batch, groups, train=True)
+
+
+def forward_only(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> StepResult:
+    """The loss of one global batch, as `forward_backward` would return it, and nothing else.
+
+    Weights, gradients and random numbers stay as they are, so that training goes on as if it had not been called. The
+    model is in evaluation mode meanwhile, and what was gathered of it is freed afterwards.
+
+    Args:
+        model: from `prepare_model`.
+        batch: the same on every rank. None of its labels need count.
+        groups: the pool, the same on every rank.
+
+    Returns:
+        The loss; its times are those of the forward.
+
+    Raises:
+        PlanMismatchError: ranks hold different plans.
+        RankError: a rank could not read its tokens, or the plan is for another world size or other heads.
+    """
+    with _evaluation_mode(model), torch.no_grad():
+        result = _run(model, batch, groups, train=False)
+    for module in model.modules():  # no backward does it; the root, and layers that are kept, are gathered still
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return result
+
+
+def _run(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool, train: bool) -> StepResult:
+    """See `forward_backward`; without a backward where it is not to train."""
     error: Exception | None = None
     own: list[RankMicroBatch] = []
     try:
@@ -63,6 +97,11 @@ def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupP
     except Exception as caught:  # any fault of one rank must end all of them, see agree
         error = caught
     num_labels = agree(batch, sum(micro_batch.num_labels for micro_batch in own), error, groups.control)
+    if train and num_labels == 0:
+        raise ValueError(
+            f"step {batch.step}: num_labels=0: no label of the global batch counts; give sequences of two tokens or "
+            f"more with labels that are not all masked"
+        )
     groups.prepare([batch.plan], batch.layouts)
     total = torch.zeros((), dtype=torch.float64, device=_device(model))
     clock, policies = clock_of(model), policies_of(model)
@@ -75,17 +114,30 @@ def forward_backward(model: PreTrainedModel, batch: PlannedBatch, groups: GroupP
         context = _context(model, micro_batch, groups)
         loss_sum = _loss_sum(model, micro_batch, context)
         clock.turn(loss_sum)
-        # FSDP2 averages gradients over the ranks; we want their sum over the labels of the global batch
-        (loss_sum * (dist.get_world_size() / num_labels)).backward()
+        if train:
+            # FSDP2 averages gradients over the ranks; we want their sum over the labels of the global batch
+            (loss_sum * (dist.get_world_size() / num_labels)).backward()
         total += loss_sum.detach()
         kernels |= context.used
     clock.end()
     dist.all_reduce(total)
-    loss = total.item() / num_labels  # waits for the device, so that reading the clock does not
+    loss = total.item() / max(1, num_labels)  # waits for the device, so that reading the clock does not
     times = tuple(
         replace(time, exchange_s=exchange_s) for time, exchange_s in zip(clock.read(), groups.clock.read(), strict=True)
     )
     return StepResult(loss=loss, num_labels=num_labels, times=times, kernels=frozenset(kernels))
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """`model.eval()` while inside; then each module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _read(model: PreTrainedModel, batch: PlannedBatch) -> list[RankMicroBatch]:

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from flexsp.data import Corpus, Overlong, Sequences, apply_context_limit, open_corpus
+from flexsp.data import Corpus, Overlong, Sequences, apply_context_limit, hold_out, open_corpus
 from flexsp.parallel import GroupPool, check_degrees, default_layouts, powers_of_two, prepare_model
 from flexsp.parallel.model import make_mesh
 from flexsp.parallel.policies import policies_of
@@ -37,9 +37,14 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-def build_sequences(config: Config) -> Sequences:
-    """Opens the corpus and applies the context limit; says what that touched."""
+def build_sequences(config: Config, held_out: bool = False) -> Sequences:
+    """Opens the corpus and applies the context limit; says what that touched.
+
+    `held_out`: those of the documents that are kept from training, instead of the others'.
+    """
     corpus: Corpus = open_corpus(config.data.source)
+    if config.data.held_out:
+        corpus = hold_out(corpus, config.data.held_out, config.train.seed)[held_out]
     sequences, touched = apply_context_limit(corpus, config.data.max_length, Overlong(config.data.overlong))
     log.info(
         "data: %s: %d documents, %s tokens, the longest %s; %d empty ones left out",
@@ -183,6 +188,14 @@ def policy_for(profile: Profile, max_length: int) -> str | None:
     widest = min(profile.memory.policies, key=profile.activation_bytes_per_token, default=None)
     holds = any(profile.capacity_tokens(degree) >= max_length for degree in usable_degrees(profile))
     return None if holds else widest
+
+
+def planner_options(config: Config) -> dict[str, Any]:
+    """What the run's planner is called with."""
+    options: dict[str, Any] = dict(config.planner.options)
+    if config.planner.name == "static":
+        options.setdefault("max_length", int(config.data.max_length))
+    return options
 
 
 def _with_layouts(profile: Profile, model: PreTrainedModel) -> Profile:

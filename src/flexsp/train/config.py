@@ -52,6 +52,8 @@ class DataConfig:
     """The context limit, in tokens."""
     overlong: str = "error"
     """What to do with documents above the limit: drop, split or error."""
+    held_out: int = 0
+    """Documents kept from training, whole, for `[eval]`; chosen by train.seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,18 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    every: int = 0
+    """Steps between evaluations; after the last step too. 0: none."""
+    source: str = ""
+    """A corpus to evaluate on, named as in data.source; empty: the documents that data.held_out keeps from training."""
+    batch_size: int = 0
+    """Sequences of a batch; 0: train.batch_size."""
+    batches: int = 0
+    """How many batches, of sequences chosen by train.seed; 0: all sequences once, the last batch may be smaller."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -156,6 +170,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 SECTIONS: dict[str, type[Any]] = {
@@ -166,6 +181,7 @@ SECTIONS: dict[str, type[Any]] = {
     "checkpoint": CheckpointConfig,
     "run": RunConfig,
     "watch": WatchConfig,
+    "eval": EvalConfig,
 }
 CHOICES = {
     "model.attention": ("", "varlen", "flash-attn", "flex", "sdpa", "math"),
@@ -198,6 +214,10 @@ LEAST = {
     "planner.memory_fraction": 0,
     "planner.timeout_s": 0,
     "watch.peak_tflops": 0,
+    "data.held_out": 0,
+    "eval.every": 0,
+    "eval.batch_size": 0,
+    "eval.batches": 0,
 }
 MOST = {"planner.memory_fraction": 1}
 
@@ -229,6 +249,11 @@ def parse_config(document: Mapping[str, Any], where: str = "config") -> Config:
         raise ValueError(
             f"{where}: model.path={config.model.path!r} and model.config={config.model.config!r}: give exactly one of "
             f"the two, a directory to start from or a config to build"
+        )
+    if config.eval.every and not (config.data.held_out or config.eval.source):
+        raise ValueError(
+            f"{where}: eval.every={config.eval.every} has nothing to evaluate on; set data.held_out to a number of "
+            f"documents, or eval.source to a corpus"
         )
     return config
 

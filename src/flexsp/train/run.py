@@ -6,7 +6,6 @@ import datetime
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
@@ -23,10 +22,11 @@ from flexsp.train import build
 from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
+from flexsp.train.evaluate import Evaluation, held_out_sequences
 from flexsp.train.export import save_pretrained
 from flexsp.train.failures import Guard
 from flexsp.train.learn import FILE, Learner, go_on
-from flexsp.train.loop import train_steps
+from flexsp.train.loop import Loop
 from flexsp.train.ranks import joined_ranks
 from flexsp.train.resume import Start, find_start
 from flexsp.train.sinks import check_sinks
@@ -54,9 +54,10 @@ def train(config: Config, display: Display, guard: Guard) -> None:
     """One run.
 
     1. Find the checkpoint to go on from, if any.
-    2. Open the corpus, build the model, join it to the ranks.
+    2. Open the corpus, and what it is evaluated on; build the model, join it to the ranks.
     3. Load or measure the profile; go on from what an earlier run in the same folder learned.
-    4. Train on planned batches; one line of metrics a step. Measured times and memory correct the profile. Checkpoints.
+    4. Train on planned batches; one line of metrics a step. Measured times and memory correct the profile. Evaluations,
+       checkpoints.
     5. Compare the planners on further batches, weights untouched.
     6. Save the model.
 
@@ -84,6 +85,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
     guard.place.at("building the model")
     model = build.build_model(config.model, config.train.seed)
     build.check_fit(model, sequences, config.data.max_length)
+    held_out = held_out_sequences(config, model)
     num_parameters = sum(p.numel() for p in model.parameters())
     log.info(
         "model: %s, %s parameters, on %d ranks (%s)",
@@ -99,8 +101,13 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
     device = next(model.parameters()).device
     learner = Learner(measured, profile, groups, device, folder, config.planner.correct, first_step)
 
+    evaluation = Evaluation(config, model, held_out, measured, groups, append=start is not None)
     with _loader(config, sequences, profile, groups, first_step, replay) as loader:
-        if not train_steps(config, model, loader, groups, learner, start, guard, watch):
+        loop = Loop(
+            config=config, model=model, groups=groups, loader=loader, learner=learner, evaluation=evaluation,
+            guard=guard, watch=watch, start=start,
+        )  # fmt: skip
+        if not loop.run():
             return
         guard.place.at("comparing planners")
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
@@ -138,9 +145,6 @@ def _loader(
     first_step: int,
     replay: Mapping[int, Plan],
 ) -> PlannedLoader:
-    options: dict[str, Any] = dict(config.planner.options)
-    if config.planner.name == "static":
-        options.setdefault("max_length", int(config.data.max_length))
     return PlannedLoader(
         sequences,
         profile,
@@ -150,7 +154,7 @@ def _loader(
         first_step=first_step,
         seed=config.train.seed,
         planner=config.planner.name,
-        options=options,
+        options=build.planner_options(config),
         plan_ahead=config.planner.plan_ahead,
         plan_timeout_s=config.planner.timeout_s,
         replay=replay,
