@@ -264,7 +264,8 @@ def planner_error(folder: str, planner: str, message: str) -> None:
 def unwritable_error(folder: str) -> None:
     config = config_of(folder, "unwritable", eval={"batches": 1})
     evaluation = evaluation_of(config)
-    (Path(config.run.dir) / evaluate.FILE).mkdir(exist_ok=True)
+    if dist.get_rank() == 0:
+        (Path(config.run.dir) / evaluate.FILE).mkdir()
     with pytest.raises(RankError, match=r"step 3, rank 0 could not write the evaluation: .*eval\.jsonl"):
         evaluation.after_step(3, given(), lambda: False)
 

@@ -290,35 +290,39 @@ def rows_that_count(folder: Path) -> tuple[list[dict], dict[int, dict]]:
     return trained, scores
 
 
-def test_a_run_trains_the_same_with_evaluations_and_goes_on_with_the_same(ranks, folder):
-    """Without any; with some; and that one gone on from the checkpoint after step 4, as if it had been killed."""
-    four = ranks(4)
-    four.run(on_ranks.run_training, str(folder), "without", {"eval": {"every": 0}}, timeout_s=120)
-    four.run(on_ranks.run_training, str(folder), "with", {}, timeout_s=120)
-    alone, none = rows_that_count(folder / "without")
-    trained, scores = rows_that_count(folder / "with")
+@pytest.fixture(scope="module")
+def runs(ranks, folder) -> Path:
+    """The folder with two whole runs: one without evaluations, one with some."""
+    ranks(4).run(on_ranks.run_training, str(folder), "without", {"eval": {"every": 0}}, timeout_s=120)
+    ranks(4).run(on_ranks.run_training, str(folder), "with", {}, timeout_s=120)
+    return folder
+
+
+def test_a_run_trains_the_same_with_evaluations(runs):
+    alone, none = rows_that_count(runs / "without")
+    trained, scores = rows_that_count(runs / "with")
     assert none == {}
     assert trained == alone
+    assert last_rows(runs / "with" / SEQUENCES) == last_rows(runs / "without" / SEQUENCES)
     assert sorted(scores) == [2, 5, 6]
-    assert scores[6]["loss"] < scores[2]["loss"]  # it learns which tokens there are
+    assert scores[6]["loss"] < scores[2]["loss"]  # it learns which tokens are frequent
 
+
+def test_a_run_that_goes_on_writes_the_same_rows(ranks, runs):
+    """From the checkpoint after step 4, as if it had been killed before the next one."""
+    expected = rows_that_count(runs / "with")
+    shutil.copytree(runs / "with", runs / "again")
     for name in ("step-00000006", "step-00000007"):
-        shutil.rmtree(folder / "with" / "checkpoints" / name)
-    four.run(on_ranks.run_training, str(folder), "with", {}, timeout_s=120)
-    assert (folder / "with" / METRICS).read_text().count("\n") == STEPS + 3
-    assert [row["step"] for row in written(folder / "with")] == [2, 5, 6, 5, 6]
-    assert rows_that_count(folder / "with") == (trained, scores)
-    ids = last_rows(folder / "with" / SEQUENCES)
-    assert ids == last_rows(folder / "without" / SEQUENCES)
+        shutil.rmtree(runs / "again" / "checkpoints" / name)
+    ranks(4).run(on_ranks.run_training, str(runs), "again", {}, timeout_s=120)
+    assert (runs / "again" / METRICS).read_text().count("\n") == STEPS + 3
+    assert [row["step"] for row in written(runs / "again")] == [2, 5, 6, 5, 6]
+    assert rows_that_count(runs / "again") == expected
 
 
-def test_held_out_may_not_change_when_a_run_goes_on_and_eval_may(ranks, folder):
-    """After the run above, whose last checkpoint is that of its last step."""
-    if not (folder / "with" / "checkpoints").exists():
-        pytest.skip("the run above left nothing")
-    two = ranks(4)
-    two.run(
-        on_ranks.resume_error, str(folder), "with", {"data": {"held_out": 10}}, r"^data.held_out=10 is not 11, with"
-    )
-    two.run(on_ranks.run_training, str(folder), "with", {"eval": {"every": 7, "batches": 1}}, timeout_s=120)
-    assert [row["sequences"] for row in last_rows(folder / "with/eval.jsonl").values()][-1] > 8  # it had been done
+def test_held_out_may_not_change_when_a_run_goes_on_and_eval_may(ranks, runs):
+    shutil.copytree(runs / "with", runs / "changed")
+    changed = {"data": {"held_out": 10}}
+    ranks(4).run(on_ranks.resume_error, str(runs), "changed", changed, r"^data.held_out=10 is not 11, with which")
+    ranks(4).run(on_ranks.run_training, str(runs), "changed", {"eval": {"every": 7, "batches": 1}}, timeout_s=120)
+    assert written(runs / "changed") == written(runs / "with")  # what is due after the last step has been done
