@@ -20,6 +20,13 @@ def stalls(lengths, profile):
     time.sleep(10_000)
 
 
+def tells_and_stalls(lengths, profile, path):
+    """Writes its process id first."""
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(10_000)
+
+
 _planned = [0]
 
 

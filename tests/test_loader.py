@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -148,6 +151,31 @@ def test_with_a_fallback_the_queued_batches_are_planned_by_the_planner_once_it_i
     expected = ["batch-adaptive" if step in fails_at else "flex" for step in range(8)]
     for found in ranks(2).run(planners_with_a_fallback, f"{planner}_at_the_third", timeout_s, timeout_s=120.0):
         assert found == (expected, len(fails_at))
+
+
+PARENT = """
+import time, numpy as np
+from flexsp.planner.service import PlanService
+from profiles import profile
+service = PlanService(profile(2), "slow_planners:tells_and_stalls", {"path": PATH})
+service.submit(np.array([3, 4]))
+time.sleep(1000)
+"""
+
+
+def test_a_planner_whose_parent_is_killed_ends_in_the_midst_of_a_plan(tmp_path):
+    told = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT.replace("PATH", repr(str(told)))])
+    until = time.monotonic() + 100.0
+    while not (told.exists() and told.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    planner = Path(f"/proc/{told.read_text()}/cmdline")
+    assert "flexsp.planner.service" in planner.read_text()
+    parent.kill()
+    parent.wait()
+    while time.monotonic() < until and planner.exists() and planner.read_text():  # a zombie's is empty
+        time.sleep(0.05)
+    assert not planner.exists() or not planner.read_text()
 
 
 def rank_batches(read_ahead: int) -> list[list]:

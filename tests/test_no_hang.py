@@ -11,6 +11,7 @@ import os
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -159,7 +160,11 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("fault", CAUSES)
+SLOW = pytest.mark.slow
+QUICK = ("raises_in_forward", "raises_in_backward", "raises_early")
+
+
+@pytest.mark.parametrize("fault", [each if each in QUICK else pytest.param(each, marks=SLOW) for each in CAUSES])
 def test_an_exception_of_one_rank_is_said_once_and_its_traceback_kept(launcher, fault):
     ended = launcher.run(fault)
     assert ended.statuses == [1, 1]
@@ -172,6 +177,7 @@ def test_an_exception_of_one_rank_is_said_once_and_its_traceback_kept(launcher, 
 FOUND = r"; found by rank [023] \(step 2, forward and backward.*\)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "status"), [("killed", -9), ("exits_with_0", 0)])
 def test_a_rank_that_dies_in_a_step_without_a_word_is_named(launcher, fault, status):
     ended = launcher.run(fault)
@@ -185,6 +191,7 @@ def test_one_of_four_ranks_that_dies_is_named_once(launcher):
     one_line(ended, r"step 2: rank 1 ended without a word \(killed, or out of memory\?\)" + FOUND)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_before_the_first_step_is_named(launcher):
     """The others are told to end at once, as torchrun does, and find out nevertheless."""
     ended = launcher.run("killed_early")
@@ -192,6 +199,7 @@ def test_a_rank_that_dies_before_the_first_step_is_named(launcher):
     one_line(ended, r"building the model: rank 1 ended without a word .*; found by rank 0 \(building the model\)")
 
 
+@pytest.mark.slow
 def test_the_planner_of_a_killed_rank_ends_in_the_midst_of_a_plan(launcher):
     """`run` looks for processes that are left."""
     ended = launcher.run("first_killed_while_planning", "--planner.name", "slow_planners:stalls_at_the_third")
@@ -222,7 +230,11 @@ def test_a_rank_that_loops_is_named_with_the_line_that_it_is_at(launcher):
     ("fault", "said"),
     [
         ("reader_raises", r"step \d, rank 1: OSError: \[Errno 5\] Input/output error: 'shard-7.parquet'"),
-        ("reader_dies", r"step \d, rank 1: RuntimeError: reading its tokens ended with SystemExit: no more"),
+        pytest.param(
+            "reader_dies",
+            r"step \d, rank 1: RuntimeError: reading its tokens ended with SystemExit: no more",
+            marks=SLOW,
+        ),
     ],
 )
 def test_what_goes_wrong_in_the_reading_thread_is_an_error_of_its_step_on_all_ranks(launcher, fault, said):
@@ -260,8 +272,8 @@ def test_a_planner_that_dies_costs_a_warning_where_there_is_a_fallback(launcher)
     assert [row.get("fallback") for row in rows] == [None, None, True, None, None]
 
 
-@pytest.mark.parametrize(("fault", "asked"), [("asked_early", "one rank"), ("all_asked_early", "all ranks")])
-def test_sigterm_before_the_first_step_ends_the_run_with_a_message_and_0(launcher, fault, asked):
+@pytest.mark.parametrize("fault", ["all_asked_early", pytest.param("asked_early", marks=SLOW)])
+def test_sigterm_before_the_first_step_ends_the_run_with_a_message_and_0(launcher, fault):
     """Though another rank is busy for a minute, or waits in a collective."""
     ended = launcher.run(fault)
     assert ended.statuses == [0, 0] and ended.err == ""
@@ -272,6 +284,7 @@ def test_sigterm_before_the_first_step_ends_the_run_with_a_message_and_0(launche
     )
 
 
+@pytest.mark.slow
 def test_without_torchruns_store_each_rank_says_its_own_line(launcher):
     ended = launcher.run("raises_in_forward", agent=False)
     assert ended.statuses == [1, 1] and "Traceback" not in ended.err
@@ -312,7 +325,7 @@ def test_a_rank_of_torchrun_that_is_killed_is_named_once(folder):
         time.sleep(0.05)
     victim = next(pid for pid in _children(child.pid) if f"RANK={1}".encode() in _environment(pid))
     os.kill(victim, signal.SIGKILL)
-    out, err = child.communicate(timeout=ANSWER_S)
+    _, err = child.communicate(timeout=ANSWER_S)
     said = [line for line in err.splitlines() if "flexsp train:" in line]
     assert len(said) == 1, err[-3000:]
     assert re.search(r"step \d+: rank 1 ended without a word .*; found by rank 0 \(step \d+, .*\)", said[0])

@@ -157,7 +157,8 @@ def verdict(found: Mapping[int, Report], seen: Mapping[int, Report], own: Report
         return f"{head}: {lines}; waited for by {places(waiting)}"
     ended = [each.rank for each in found.values() if each.kind == Kind.DONE]
     if ended and len(ended) < world_size:
-        return f"{head}: {ranks_text(ended)} had ended already; still at work: {places(waiting)}"
+        at_work = [each for each in found.values() if each.kind != Kind.DONE]
+        return f"{head}: {ranks_text(ended)} had ended already; still at work: {places(at_work)}"
     where = places(list(found.values()), frames=True)
     cause = own.error or f"nothing has moved for {own.still_s:.0f} s"
     return f"{head}, rank {own.rank}: {cause}; the ranks: {where}"
