@@ -22,7 +22,7 @@ def here() -> bool:
     return os.environ["RANK"] == str(RANK)
 
 
-def at_forward(strike: Callable[[Any], Any]) -> None:
+def at_forward(strike: Callable[[Any], Any], everywhere: bool = False) -> None:
     """`strike(loss)` in the first micro-batch of the step, on the rank."""
     honest, ran = step._loss_sum, step.forward_backward
     now: list[int] = [-1]
@@ -33,7 +33,7 @@ def at_forward(strike: Callable[[Any], Any]) -> None:
 
     def struck(model, micro_batch, context):
         loss = honest(model, micro_batch, context)
-        if here() and now[0] == STEP:
+        if (here() or everywhere) and now[0] == STEP:
             now[0] = -1
             strike(loss)
         return loss
@@ -87,6 +87,10 @@ def raises_in_optimizer() -> None:
 def killed() -> None:
     """The others are in a collective."""
     at_forward(lambda loss: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def killed_while_another_computes() -> None:
+    at_forward(lambda loss: os.kill(os.getpid(), signal.SIGKILL) if here() else time.sleep(100), everywhere=True)
 
 
 def exits_with_0() -> None:

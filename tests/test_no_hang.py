@@ -200,6 +200,14 @@ def test_a_rank_that_dies_before_the_first_step_is_named(launcher):
 
 
 @pytest.mark.slow
+def test_a_rank_that_computes_while_another_dies_learns_of_it_by_sigterm(launcher):
+    """No collective of it fails, as none does on NCCL: it finds out before SIGKILL comes."""
+    ended = launcher.run("killed_while_another_computes")
+    assert ended.statuses == [1, -9]
+    one_line(ended, r"step 2: rank 1 ended without a word .*; found by rank 0 \(step 2, forward and backward.*\)")
+
+
+@pytest.mark.slow
 def test_the_planner_of_a_killed_rank_ends_in_the_midst_of_a_plan(launcher):
     """`run` looks for processes that are left."""
     ended = launcher.run("first_killed_while_planning", "--planner.name", "slow_planners:stalls_at_the_third")
@@ -302,7 +310,7 @@ def torchrun(folder: Path, *flags: str, world_size: int = 2) -> subprocess.Popen
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_while_the_profile_is_measured(folder):
+def test_sigterm_to_torchrun_before_the_first_step(folder):
     child = torchrun(folder, "--planner.profile", "", "--planner.profile_dir", "none", "--run.dir", "out-measuring",
                      "--planner.max_tokens_per_rank", "800")  # fmt: skip
     assert child.stdout is not None
@@ -312,7 +320,8 @@ def test_sigterm_to_torchrun_while_the_profile_is_measured(folder):
     time.sleep(0.5)
     os.kill(child.pid, signal.SIGTERM)
     out, err = child.communicate(timeout=ANSWER_S)
-    assert len(re.findall("flexsp train: stopped by SIGTERM while measuring the profile", out)) == 1, out + err[-2000:]
+    phase = "(?:building the model|measuring the profile)"
+    assert len(re.findall(f"flexsp train: stopped by SIGTERM while {phase}", out)) == 1, out + err[-2000:]
     assert "flexsp train:" not in err and "flexsp/" not in err  # torchrun's own traceback is not ours
 
 

@@ -2,18 +2,20 @@
 
 A rank that fails by itself puts its traceback into a file, says one line and ends; the others, whose collectives then
 fail, end without a word. Where no rank has said anything, those whose collective failed, or did not come about in
-time, call the roll: every rank that can answers where it is, its watching thread if the main thread cannot. Who does
-not answer within `ROLL_CALL_S` is at fault, or else whose main thread is busy with something of its own; one rank says
-so. Once a line has been said, every rank's watching thread ends its process within `TICK_S + GRACE_S`, whatever the
+time, report where they are, and the first of them calls the roll: every other rank that can answers, its watching thread
+if the main thread cannot. Who does not answer within `ROLL_CALL_S` is at fault, or else whose main thread is busy with
+something of its own; the caller says so. Once a line has been said, every rank's watching thread ends its process within `TICK_S + GRACE_S`, whatever the
 main thread is doing: in a collective of NCCL that notices nothing, in a computation, in a loop.
 
 Ranks speak to each other over the board (`flexsp.train.ranks.Board`). Without it each rank that fails says a line of
 its own.
 
     first       a counter: who raises it to 1 has the word
+    caller      a counter: who raises it to 1 calls the roll
     alarm       something is wrong: answer
     found/RANK  the answer
     seen/RANK   where a rank was, at most a tick ago
+    beat/RANK   a counter: its ticks
     said        the line has been said; the status to end with
 """
 
@@ -79,6 +81,8 @@ class Guard:
         self._has_word = False
         self._answered = False
         self._seen = ""
+        self._beats: tuple[float, dict[int, int | None]] | None = None
+        """Where SIGTERM has come: when, and the others' beats then."""
         self._main = threading.get_ident()
         self._ours, self._theirs = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="flexsp-guard", daemon=True)
@@ -141,16 +145,24 @@ class Guard:
             self._board.post("said", status)
             self._board.post("alarm", True)
             return status
-        said, until = None, time.monotonic() + PATIENCE_S
-        while said is None and time.monotonic() < until:
+        said = self._hear(PATIENCE_S)
+        return status if said is None else said
+
+    def _hear(self, patience_s: float) -> int | None:
+        """The status to end with, once another rank has said its line; None where it does not."""
+        until = time.monotonic() + patience_s
+        while (said := self._board.read("said")) is None and time.monotonic() < until:
             time.sleep(0.1)
-            said = self._board.read("said")
-        return status if said is None else int(said)
+        return None if said is None else int(said)
 
     def _find_out(self, kind: Kind, cause: str) -> int:
         """Calls the roll and says who is at fault, unless another rank does. Returns the status to end with."""
         own = self._answer(kind, cause)
         self._board.post("alarm", True)
+        if (self._board.add("caller", 1) or 1) > 1:
+            said = self._hear(ROLL_CALL_S + PATIENCE_S)
+            if said is not None:
+                return said  # else the caller has ended too
         found = self._roll_call(own)
         kinds = {each.kind for each in found.values()}
         if len(found) == self._world_size and Kind.ASKED in kinds and Kind.LATE not in kinds:
@@ -195,6 +207,8 @@ class Guard:
         if self._board.read("alarm"):
             self._heed_alarm()
         self._show()
+        if self.stop.asked_here and self._silent_ranks():
+            self._end(lambda: self._find_out(Kind.CLOSED, "stopped by SIGTERM"))
         if self.place.still_s() > self._longest_s() and self.place.bounded:
             self._end(self._stuck)
 
@@ -202,8 +216,28 @@ class Guard:
         """How long the main thread may stay at one place. On CUDA it is to be found before NCCL's watchdog aborts."""
         return 0.8 * self._timeout_s if torch.cuda.is_available() else self._timeout_s + BACKSTOP_S
 
+    def _silent_ranks(self) -> bool:
+        """Whether a rank has ended or stopped since SIGTERM came, in a step: torchrun sends it where one has died.
+
+        For collectives that notice nothing, NCCL's, and for steps that compute for long. One rank looks; the others,
+        and one that looks and finds nobody missing, go on to the end of the step.
+        """
+        if self._beats is None:
+            looks = not self._alone and self._board.add("looks", 1) == 1
+            self._beats = time.monotonic(), self._count_beats() if looks else {}
+        began, before = self._beats
+        if not before or time.monotonic() < began + ROLL_CALL_S:
+            return False
+        self._beats = began, {}
+        silent = [rank for rank, beats in self._count_beats().items() if beats == before[rank]]
+        return any(self._board.read(f"found/{rank}") is None for rank in silent)
+
+    def _count_beats(self) -> dict[int, int | None]:
+        return {rank: self._board.add(f"beat/{rank}", 0) for rank in range(self._world_size) if rank != self._rank}
+
     def _show(self) -> None:
         """Where this rank is, for the others to find where it cannot answer any more."""
+        self._board.add(f"beat/{self._rank}", 1)
         said = report(self._rank, Kind.HERE, self.place)
         if said.where != self._seen:
             self._seen = said.where
@@ -213,15 +247,12 @@ class Guard:
         """Another rank has called the roll: answers, and ends this process once the line has been said."""
         if not self._answered:
             self._answer(Kind.HERE)
-        said, until = None, time.monotonic() + ROLL_CALL_S + PATIENCE_S
-        while said is None and time.monotonic() < until:
-            time.sleep(0.1)
-            said = self._board.read("said")
+        said = self._hear(ROLL_CALL_S + 2 * PATIENCE_S)
         time.sleep(GRACE_S)
         if said != 0 and not self._ending.locked():
             self._keep(None)
         lost = f"{self._where()}: another rank called the roll and has ended"
-        self._end(lambda: self._say(lost, 1) if said is None else int(said))
+        self._end(lambda: self._say(lost, 1) if said is None else said)
 
     def _stuck(self) -> int:
         """This rank's main thread has not moved for too long."""
