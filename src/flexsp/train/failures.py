@@ -2,10 +2,11 @@
 
 A rank that fails by itself puts its traceback into a file, says one line and ends; the others, whose collectives then
 fail, end without a word. Where no rank has said anything, those whose collective failed, or did not come about in
-time, report where they are, and the first of them calls the roll: every other rank that can answers, its watching thread
-if the main thread cannot. Who does not answer within `ROLL_CALL_S` is at fault, or else whose main thread is busy with
-something of its own; the caller says so. Once a line has been said, every rank's watching thread ends its process within `TICK_S + GRACE_S`, whatever the
-main thread is doing: in a collective of NCCL that notices nothing, in a computation, in a loop.
+time, report where they are, and the first of them calls the roll: every other rank that can answers, its watching
+thread if the main thread cannot. Who does not answer within `ROLL_CALL_S` is at fault, or else whose main thread is
+busy with something of its own; the caller says so. Once a line has been said, every rank's watching thread ends its
+process within `TICK_S + GRACE_S`, whatever the main thread is doing: in a collective of NCCL that notices nothing, in a
+computation, in a loop.
 
 Ranks speak to each other over the board (`flexsp.train.ranks.Board`). Without it each rank that fails says a line of
 its own.
