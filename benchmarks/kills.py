@@ -37,7 +37,7 @@ TORCHRUN_SHARE = 0.1
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("--kills", 100), ("--seed", 0), ("--max-ranks", 4)):
+    for name, value in (("--kills", 100), ("--seed", 0), ("--max-ranks", 4), ("--steps", STEPS)):
         parser.add_argument(name, type=int, default=value)
     parser.add_argument("--launcher", choices=["fork", "torchrun"], default="fork")
     parser.add_argument("--folder", help="for the runs, kept; default: a temporary one, kept where something fails")
@@ -48,7 +48,9 @@ def main() -> int:
     share = 1.0 if arguments.launcher == "torchrun" else TORCHRUN_SHARE
     began = time.monotonic()
     try:
-        campaign, versions = survived(folder, arguments.kills, arguments.seed, arguments.max_ranks, share)
+        campaign, versions = survived(
+            folder, arguments.kills, arguments.seed, arguments.max_ranks, share, arguments.steps
+        )
     except AssertionError as failure:
         print(f"FAILED: {failure}\nthe runs are in {folder}", file=sys.stderr)
         return 1
@@ -56,7 +58,7 @@ def main() -> int:
         **provenance(versions),
         "seed": arguments.seed,
         "minutes": round((time.monotonic() - began) / 60, 1),
-        "steps": STEPS, "batch_size": BATCH, "checkpoint_every": EVERY, "max_ranks": arguments.max_ranks,
+        "steps": arguments.steps, "batch_size": BATCH, "checkpoint_every": EVERY, "max_ranks": arguments.max_ranks,
         **summary(campaign),
         "kills": [asdict(each) for each in campaign.kills],
     }  # fmt: skip
@@ -67,7 +69,7 @@ def main() -> int:
 
 
 def survived(
-    folder: Path, kills: int, seed: int, max_ranks: int, torchrun_share: float
+    folder: Path, kills: int, seed: int, max_ranks: int, torchrun_share: float, steps: int
 ) -> tuple[Campaign, dict[str, str]]:
     """The whole campaign, and the versions of what it ran.
 
@@ -79,7 +81,7 @@ def survived(
     with nothing_left(mark, nursery):
         campaign = Campaign(
             folder=folder, nursery=nursery, mark=mark, draw=random.Random(seed), max_ranks=max_ranks,
-            torchrun_share=torchrun_share,
+            torchrun_share=torchrun_share, steps=steps,
         )  # fmt: skip
         campaign.run(kills)
         return campaign, nursery.versions

@@ -15,7 +15,7 @@ from kills_ranks import ByTorchrun, Nursery, Started, kill, seconds_until_ended,
 from processes import alive
 
 STEPS, BATCH, EVERY, SEQUENCES = 200, 16, 3, 600
-"""Five epochs of 37.5 steps and a bit, so that epochs end inside a step."""
+"""Of a run: five epochs of 37.5 steps and a bit, so that epochs end inside a step."""
 TIMEOUT_S = 30.0
 """`run.timeout_s`: after which a collective that does not come about is an error."""
 END_S = {"fork": TIMEOUT_S + 15.0, "torchrun": TIMEOUT_S + 15.0}
@@ -38,7 +38,6 @@ max_tokens_per_rank = 300
 correct = false
 timeout_s = {TIMEOUT_S - 5}
 [train]
-steps = {STEPS}
 batch_size = {BATCH}
 lr = 1e-3
 [checkpoint]
@@ -90,6 +89,7 @@ class Campaign:
     draw: random.Random
     max_ranks: int
     torchrun_share: float
+    steps: int = STEPS
     kills: list[Kill] = field(default_factory=list)
     proofs: list[dict[str, Any]] = field(default_factory=list)
     starts: int = 0
@@ -129,10 +129,10 @@ class Campaign:
         """
         folder = self.folder / name
         log = read_log(folder / "sequences.jsonl")
-        once = trained_once(log, STEPS, SEQUENCES)
+        once = trained_once(log, self.steps, SEQUENCES)
         worst = worst_difference(read_log(folder / "metrics.jsonl"), read_log(self.folder / "unbroken/metrics.jsonl"))
         check(worst <= LOSS_TOLERANCE, f"{name}: losses differ by {worst} from the unbroken run's")
-        check(whole_checkpoints(folder)[-1] == STEPS, f"{name}: its last checkpoint is not of the last step")
+        check(whole_checkpoints(folder)[-1] == self.steps, f"{name}: its last checkpoint is not of the last step")
         left = strays(folder, self.folder / "unbroken")
         check(not left, f"{name}: an ended run left {left}")
         size = (folder / "sequences.jsonl").stat().st_size
@@ -145,7 +145,7 @@ class Campaign:
             "sequences_of_an_epoch": once.sequences,
             "sequences_beyond": once.beyond,
             "rows": len(log.steps),
-            "steps": STEPS,
+            "steps": self.steps,
             "worst_loss_difference": worst,
         }
 
@@ -166,11 +166,11 @@ class Campaign:
         (aim,) = self.draw.choices(list(AIMS), weights=list(AIMS.values()))
         if aim == "measuring":
             shutil.rmtree(self.folder / f"profiles-{world_size}", ignore_errors=True)
-        watched = Watched(folder, self.folder / f"profiles-{world_size}")
+        watched = Watched(folder, self.folder / f"profiles-{world_size}", self.steps)
         started, log = self.start(name, world_size, launcher)
         if not self.wait_for_the_moment(aim, started, watched, log, (launcher, world_size, watched.measures)):
             exits = list(started.statuses().values())
-            check(not any(exits) and watched.done() == STEPS, f"{name}: ended by itself with {exits}", log)
+            check(not any(exits) and watched.done() == self.steps, f"{name}: ended by itself with {exits}", log)
             self.no_orphans(name, log)
             return None
         ranks = started.ranks()
@@ -192,7 +192,8 @@ class Campaign:
 
     def start(self, name: str, world_size: int, launcher: str, *flags: str) -> tuple[Started, Path]:
         self.starts += 1
-        arguments = ["train", "config.toml", "--run.dir", name, "--planner.profile_dir", f"profiles-{world_size}"]
+        arguments = ["train", "config.toml", "--train.steps", str(self.steps), "--run.dir", name]
+        arguments += ["--planner.profile_dir", f"profiles-{world_size}"]
         if world_size == 1:  # one rank has to hold the longest sequence
             arguments += ["--planner.max_tokens_per_rank", "600"]
         if world_size == 3:
@@ -222,7 +223,7 @@ class Campaign:
             if not watched.rows():
                 continue
             self._usual_s[kind] = min(first_row_s, self._usual_s.get(kind, first_row_s))
-            if aim == "training" and (watched.rows() >= rows or watched.done() == STEPS):
+            if aim == "training" and (watched.rows() >= rows or watched.done() == self.steps):
                 time.sleep(then_s)
                 return True
             if aim == "saving" and watched.rows() >= rows and watched.parts():
@@ -239,8 +240,8 @@ class Campaign:
 class Watched:
     """A run's folder during one start."""
 
-    def __init__(self, folder: Path, profiles: Path) -> None:
-        self._folder, self._profiles = folder, profiles
+    def __init__(self, folder: Path, profiles: Path, steps: int) -> None:
+        self._folder, self._profiles, self._steps = folder, profiles, steps
         self._sequences = folder / "sequences.jsonl"
         self.measures = not any(profiles.glob("*.json"))
         saved = whole_checkpoints(folder)
@@ -264,7 +265,7 @@ class Watched:
         """What the start is at, by what it has written so far."""
         said = log.read_text(errors="replace")
         if self.rows():
-            ending = self.before + self.rows() >= STEPS
+            ending = self.before + self.rows() >= self._steps
             return "ending" if ending else "saving" if self.parts() else "step"
         if "data: " not in said:
             return "joining"
