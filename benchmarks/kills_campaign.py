@@ -331,9 +331,9 @@ def whole_checkpoints(folder: Path) -> list[int]:
 
 
 def strays(folder: Path, unbroken: Path) -> list[str]:
-    """Names in a run's folder that are no `.part`, no checkpoint, and nothing that an unbroken run has too."""
+    """Names in a run's folder that are no `.part`, no checkpoint, no traceback, and not in an unbroken run's either."""
     usual = {path.name for path in unbroken.iterdir()} | {"checkpoints"}
-    found = [path for path in folder.glob("*") if path.name not in usual]
+    found = [path for path in folder.glob("*") if path.name not in usual and not path.match("error-rank-*.txt")]
     found += [path for path in folder.glob("checkpoints/*") if not path.name.startswith("step-")]
     return [str(path.relative_to(folder)) for path in found if path.suffix != ".part"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexsp.parallel import GroupPool, prepare_model
+from flexsp.train import checkpoint
 from flexsp.train.build import build_optimizer
 from flexsp.train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from flexsp.train.config import Config, parse_config
@@ -117,6 +119,21 @@ def load_error(folder: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def die_while_loading(folder: str, dies: int) -> None:
+    """One rank is killed where it would read its tensors."""
+
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    config = config_of(folder)
+    start = find_start(config)
+    assert start is not None
+    state = built(config, 1)
+    if dist.get_rank() == dies:
+        checkpoint.load_tensors = die
+    load_checkpoint(start.path, start.state, *state)
 
 
 def save_many(folder: str, count: int) -> None:

@@ -15,6 +15,7 @@ import checkpoint_ranks as do
 from flexsp.train import safe_load
 from flexsp.train.checkpoint import FOLDER, PART, saved_checkpoints
 from flexsp.train.resume import find_start
+from rank_pool import RanksFailed
 
 
 @pytest.mark.parametrize(("asynchronous", "loading"), [(True, 4), (True, 2), (False, 2)])
@@ -85,6 +86,13 @@ def test_a_damaged_or_evil_checkpoint_is_one_line_and_runs_nothing(ranks, saved,
     assert not made.exists()
     for error in errors:
         assert "the checkpoint cannot be loaded (" in error and "\n" not in error
+
+
+def test_a_rank_that_dies_while_a_checkpoint_loads_is_not_the_checkpoint_s_fault(broken_ranks, saved, tmp_path):
+    with pytest.raises(RanksFailed) as failed:
+        broken_ranks(2).run(do.die_while_loading, str(tmp_path), 1)
+    assert "rank 1 died" in str(failed.value) and "rank 0: Traceback" in str(failed.value)
+    assert "RuntimeError: " in str(failed.value) and "cannot be loaded" not in str(failed.value)
 
 
 def config_with(folder: Path, section: str, **changes):

@@ -214,6 +214,7 @@ def load_checkpoint(
 
     Raises:
         ValueError: the files are damaged or of another model.
+        RuntimeError: another rank has ended meanwhile.
     """
     tensors = _tensors(model, optimizer)
     own = f"rank {dist.get_rank()}"
@@ -228,6 +229,8 @@ def load_checkpoint(
         schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
         _set_random(tensors["random"][own])
     except (Exception, CheckpointException) as error:  # torch raises many kinds
+        if _is_of_a_collective(error):  # nothing is wrong with the files
+            raise
         raise ValueError(f"{path}: the checkpoint cannot be loaded ({_cause(error)}); give another one") from None
 
 
@@ -273,6 +276,11 @@ def _is_json(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_json, value))
     return isinstance(value, int | float) or value is None
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """Whether ranks could not talk to each other; gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _cause(error: BaseException) -> str:
