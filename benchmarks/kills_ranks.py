@@ -19,8 +19,6 @@ from processes import alive, descendants, environment, marked
 
 MARK = "FLEXSP_KILLS"
 """In the environment of every process of this script's runs, so that none is overlooked."""
-TORCHRUN_END_S = 30.0
-"""What torchrun gives its workers after SIGTERM before it kills them."""
 
 
 class Started(Protocol):
@@ -126,7 +124,8 @@ class ByTorchrun:
 
 @contextlib.contextmanager
 def nothing_left(mark: str, nursery: Nursery) -> Iterator[None]:
-    """Whatever happens inside: no process of this script outlives it."""
+    """Whatever happens inside, SIGTERM too: no process of this script outlives it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
     finally:
