@@ -34,6 +34,7 @@ import flexsp
 from flexsp import jsonfields as jf
 from flexsp.profile import Profile
 from flexsp.train.config import Config
+from flexsp.train.roll_call import failed_collective
 from flexsp.train.safe_load import SafeLoadPlanner, SafeReader
 
 log = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def load_checkpoint(
         schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
         _set_random(tensors["random"][own])
     except (Exception, CheckpointException) as error:  # torch raises many kinds
-        if _is_of_a_collective(error):  # nothing is wrong with the files
+        if failed_collective(error) is not None:  # nothing is wrong with the files
             raise
         raise ValueError(f"{path}: the checkpoint cannot be loaded ({_cause(error)}); give another one") from None
 
@@ -276,11 +277,6 @@ def _is_json(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_json, value))
     return isinstance(value, int | float) or value is None
-
-
-def _is_of_a_collective(error: BaseException) -> bool:
-    """Whether ranks could not talk to each other; gloo's errors have no type of their own."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _cause(error: BaseException) -> str:
