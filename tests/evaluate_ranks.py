@@ -24,6 +24,7 @@ from flexsp.train import evaluate
 from flexsp.train.config import Config, parse_config
 from flexsp.train.display import Display
 from flexsp.train.evaluate import Evaluation, held_out_sequences
+from flexsp.train.failures import Guard
 from flexsp.train.run import train
 from profiles import profile
 from reference import build, reference_step, small_config
@@ -168,7 +169,7 @@ def config_of(folder: str, name: str, **sections: dict[str, Any]) -> Config:
 def run_training(folder: str, name: str, sections: dict[str, dict[str, Any]]) -> None:
     config = config_of(folder, name, **sections)
     with Display() as display:
-        train(config, display)
+        train(config, display, Guard(Path(config.run.dir), config.run.timeout_s))
 
 
 def evaluation_of(config: Config, append: bool = False, seed: int = 0) -> Evaluation:

@@ -16,7 +16,8 @@ import evaluate_ranks as on_ranks
 from flexsp.data import hold_out
 from flexsp.train.build import build_sequences
 from flexsp.train.config import load_config, parse_config
-from flexsp.train.records import METRICS, SEQUENCES, last_rows
+from flexsp.train.records import SEQUENCES
+from flexsp.watch.rows import METRICS, last_rows
 from reference import small_config
 from test_equality import MIXED, SPECIAL, generated_cases, plan, ring
 from test_families import EXPERTS, SIZES

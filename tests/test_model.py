@@ -14,6 +14,7 @@ from transformers import (
 
 from flexsp.parallel import check_degrees, check_model, default_layouts, layouts_of
 from flexsp.parallel.attention import SPContext, flexsp_attention
+from flexsp.parallel.model import attention_of
 from flexsp.parallel.needs import Attention
 from flexsp.parallel.row import Row
 from flexsp.profile import Layout
@@ -296,3 +297,15 @@ def test_a_plan_is_refused_before_it_runs_where_no_kernel_computes_the_models_at
     windowed = Attention.of(mistral, "cuda", torch.bfloat16, "math")
     assert {need.by_positions for need in windowed.in_ring} == {False, True}
     windowed.check([alone, ring])
+
+
+def test_a_config_that_another_model_has_taken_over_is_refused():
+    """transformers sets the attention in the config, and a second model of the same object may set another."""
+    config = small_config()
+    first = model(config)
+    first.set_attn_implementation("flexsp")
+    first._flexsp_attention = Attention.of(first.config, "cpu", torch.float32, None)
+    assert attention_of(first) is first._flexsp_attention
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match=r"asks for attention 'eager', not for flexsp's: .*a copy of the config"):
+        attention_of(first)

@@ -93,9 +93,19 @@ def make_mesh(replicate: int = 1) -> DeviceMesh:
     return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
-def attention_of(model: torch.nn.Module) -> Attention:
-    """What a prepared model's layers ask of attention kernels."""
+def attention_of(model: PreTrainedModel) -> Attention:
+    """What a prepared model's layers ask of attention kernels.
+
+    Raises:
+        ValueError: it has not been prepared, or its config has come to ask for other attention since.
+    """
     attention = getattr(model, "_flexsp_attention", None)
     if not isinstance(attention, Attention):
         raise ValueError(f"model={type(model).__name__} has not been prepared; call prepare_model first")
+    found = model.config.get_text_config()._attn_implementation
+    if found != NAME:  # each rank would attend to its own share alone
+        raise ValueError(
+            f"model={type(model).__name__}: its config asks for attention {found!r}, not for flexsp's: another model "
+            f"was built from the same config object, or it was set since; give each model a copy of the config"
+        )
     return attention
