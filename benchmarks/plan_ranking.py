@@ -58,7 +58,7 @@ def main() -> None:
     # every degree holds every sequence here, so that plans differ as much as they can
     limit = int(config.data.max_length)
     profile = measure_profile(model, groups, sp_degrees=degrees, max_tokens_per_rank=limit)
-    sequences, _ = apply_context_limit(open_corpus(config.data.source), limit, Overlong.DROP)
+    sequences, _ = apply_context_limit(open_corpus(config.data.source, config.data), limit, Overlong.DROP)
     ids = global_batch(len(sequences.lengths), config.train.batch_size, seed=0, step=0)
     lengths = sequences.lengths[ids]
     plans = make_plans(lengths, profile)

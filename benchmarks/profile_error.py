@@ -60,7 +60,7 @@ def main() -> None:
     model = build.prepare(bare, config.model)
     whole = measure_profile(model, groups, sp_degrees=degrees, max_tokens_per_rank=limit // 2)
 
-    sequences, _ = apply_context_limit(open_corpus(config.data.source), limit, Overlong.DROP)
+    sequences, _ = apply_context_limit(open_corpus(config.data.source, config.data), limit, Overlong.DROP)
     work: list[tuple[PlannedBatch, list[float]]] = []
     correction = Correction(whole)
     for step in range(BATCHES):

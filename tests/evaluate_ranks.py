@@ -21,6 +21,7 @@ from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
 from flexsp.profile import Layout, Profile
 from flexsp.train import evaluate
+from flexsp.train.build import open_on_all_ranks
 from flexsp.train.config import Config, parse_config
 from flexsp.train.display import Display
 from flexsp.train.evaluate import Evaluation, held_out_sequences
@@ -154,7 +155,13 @@ def config_of(folder: str, name: str, **sections: dict[str, Any]) -> Config:
     dist.barrier()
     document: dict[str, dict[str, Any]] = {
         "model": {"config": MODEL},
-        "data": {"source": str(Path(folder) / "rows.jsonl"), "max_length": 100, "overlong": "split", "held_out": 11},
+        "data": {
+            "source": str(Path(folder) / "rows.jsonl"),
+            "max_length": 100,
+            "overlong": "split",
+            "held_out": 11,
+            "cache_dir": str(Path(folder) / "data"),
+        },
         "planner": {"profile": str(path), "correct": False},
         "train": {"steps": 7, "batch_size": 8, "lr": 0.01},
         "checkpoint": {"every": 2, "keep_last": 9},
@@ -176,7 +183,7 @@ def evaluation_of(config: Config, append: bool = False, seed: int = 0) -> Evalua
     """Of a model in fp64, untrained."""
     model = prepare_model(build(small_config(), torch.float64, seed))
     Path(config.run.dir).mkdir(exist_ok=True)
-    sequences = held_out_sequences(config, model)
+    sequences = held_out_sequences(config, model, open_on_all_ranks(config))
     return Evaluation(config, model, sequences, given(), pool(), append)
 
 

@@ -1,46 +1,72 @@
-"""Corpora and the context limit."""
+"""Rows of token ids, the source of the standard library, and the context limit."""
 
 from __future__ import annotations
 
 import json
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flexsp.data import Overlong, PythonStdlib, apply_context_limit, open_corpus
+from flexsp.data import DataOptions, Overlong, TokenStore, apply_context_limit, open_corpus
 
 
 @pytest.fixture
-def library(tmp_path):
-    """A folder of five files, one of them empty and one no source."""
-    (tmp_path / "package").mkdir()
-    files = {"b.py": b"0123456789", "a.py": b"\xff\x00x", "package/c.py": b"!", "d.py": b"", "e.txt": b"no"}
+def opened(tmp_path):
+    """Opens a source with a cache of its own."""
+
+    def open_it(source: str | Path, **options) -> TokenStore:
+        return open_corpus(str(source), DataOptions(cache_dir=str(tmp_path / "cache"), **options))
+
+    return open_it
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of five files, one of them empty and one that is not asked for."""
+    files = {"b.py": b"0123456789", "a.py": b"\xc3\xa9x", "package/c.py": b"!", "d.py": b"", "e.txt": b"no"}
     for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    return tmp_path
+        path = tmp_path / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "folder"
 
 
-def test_stdlib_files_are_documents_of_bytes(library):
-    corpus = PythonStdlib(library)
-    assert corpus.paths == ["a.py", "b.py", "package/c.py"]
+@pytest.fixture
+def corpus(folder, opened):
+    return opened(folder, pattern="**/*.py", tokenizer="bytes")
+
+
+def test_files_are_documents_of_bytes(corpus, folder):
+    assert [corpus.describe(i) for i in range(3)] == [f"{folder}/{name}" for name in ("a.py", "b.py", "package/c.py")]
     assert corpus.lengths.tolist() == [3, 10, 1]
     assert corpus.num_empty == 1
     assert corpus.read(1, 2, 5)[0].tolist() == list(b"234")
-    (library / "b.py").write_bytes(b"0")
-    with pytest.raises(ValueError, match=r"b.py: the file has changed since the run began"):
-        corpus.read(1, 2, 5)
+    (folder / "b.py").write_bytes(b"0")  # a run has the tokens that it began with
+    assert corpus.read(1, 2, 5)[0].tolist() == list(b"234")
 
 
-def test_the_real_library_has_a_long_tail():
-    lengths = open_corpus("python-stdlib").lengths
-    assert len(lengths) > 500
-    assert lengths.max() > 20 * np.median(lengths)
+def test_the_real_library_is_read_as_it_is_and_has_a_long_tail(tmp_path):
+    corpus = open_corpus("python-stdlib", DataOptions(cache_dir=str(tmp_path)))
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(
+        path.relative_to(library).as_posix()
+        for path in library.rglob("*.py")
+        if "site-packages" not in path.parts and path.stat().st_size
+    )
+    assert [corpus.describe(i) for i in range(len(corpus.lengths))] == paths
+    assert corpus.lengths.tolist() == [(library / path).stat().st_size for path in paths]
+    assert corpus.lengths.max() > 20 * np.median(corpus.lengths)
+    assert corpus.name == "python-stdlib"
+    for document in np.random.default_rng(0).integers(0, len(paths), 20).tolist():
+        whole = (library / paths[document]).read_bytes()
+        assert corpus.read(document, 0, len(whole))[0].tolist() == list(whole)
 
 
-def test_limit_drops_splits_or_refuses_and_counts(library):
-    corpus = PythonStdlib(library)
+def test_limit_drops_splits_or_refuses_and_counts(corpus):
     dropped, touched = apply_context_limit(corpus, 4, Overlong.DROP)
     assert dropped.lengths.tolist() == [3, 1]
     assert (touched.documents, touched.tokens, touched.lost_tokens) == (1, 10, 10)
@@ -53,8 +79,8 @@ def test_limit_drops_splits_or_refuses_and_counts(library):
         apply_context_limit(corpus, 0, Overlong.DROP)
 
 
-def test_pieces_of_a_split_document_read_as_its_parts(library):
-    split, _ = apply_context_limit(PythonStdlib(library), 4, Overlong.SPLIT)
+def test_pieces_of_a_split_document_read_as_its_parts(corpus):
+    split, _ = apply_context_limit(corpus, 4, Overlong.SPLIT)
     tokens, labels = split.read(2, 0, 4)  # the second piece of b.py
     assert tokens.tolist() == list(b"4567")
     assert labels.tolist() == [*b"567", -100]
@@ -62,15 +88,17 @@ def test_pieces_of_a_split_document_read_as_its_parts(library):
     assert (tokens.tolist(), labels.tolist()) == (list(b"56"), list(b"67"))
 
 
-def test_an_empty_corpus_is_refused(tmp_path):
+def test_an_empty_corpus_is_refused(tmp_path, opened):
+    (tmp_path / "none.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="the corpus is empty"):
-        apply_context_limit(PythonStdlib(tmp_path), 4, Overlong.DROP)
+        apply_context_limit(opened(tmp_path / "none.jsonl"), 4, Overlong.DROP)
 
 
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
     {"input_ids": [], "labels": []},
     {"input_ids": [9], "labels": [9]},
+    {"input_ids": [3, 4], "labels": [-100, -100]},
 ]
 
 
@@ -82,18 +110,18 @@ def write(path, rows):
     return str(path)
 
 
-def test_a_row_of_json_may_be_long(tmp_path):
-    # pyarrow's own blocks are 1 MiB, and a row must lie in one
+def test_a_row_of_json_may_be_long(tmp_path, opened):
     tokens = list(range(300_000))
-    corpus = open_corpus(write(tmp_path / "rows.jsonl", [{"input_ids": [1]}, {"input_ids": tokens}]))
+    corpus = opened(write(tmp_path / "rows.jsonl", [{"input_ids": [1]}, {"input_ids": tokens}]))
     assert corpus.lengths.tolist() == [1, 300_000] and corpus.read(1, 0, 300_000)[0].tolist() == tokens
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_rows_with_masked_labels(tmp_path, suffix):
-    corpus = open_corpus(write(tmp_path / f"rows{suffix}", ROWS))
+def test_rows_with_masked_labels(tmp_path, opened, suffix):
+    corpus = opened(write(tmp_path / f"rows{suffix}", ROWS))
     assert corpus.lengths.tolist() == [3, 1]
     assert (corpus.num_empty, corpus.max_token) == (1, 9)
+    assert corpus.left_out["no label that counts"] == (1, f"{tmp_path}/rows{suffix} row 3")
     sequences, _ = apply_context_limit(corpus, 10, Overlong.ERROR)
     tokens, labels = sequences.read(0, 0, 3)
     assert (tokens.tolist(), labels.tolist()) == ([5, 6, 7], [6, 7, -100])
@@ -101,37 +129,93 @@ def test_rows_with_masked_labels(tmp_path, suffix):
     assert corpus.describe(1).endswith("row 2")
 
 
-def test_rows_without_labels_learn_their_own_tokens(tmp_path):
-    corpus = open_corpus(write(tmp_path / "rows.jsonl", [{"input_ids": [5, 6]}]))
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_ids_and_labels_of_any_size_come_back(tmp_path, opened, suffix):
+    """Types widen in the middle of a shard, and labels begin to differ there."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for index in range(1200):
+        ids = draw.integers(0, 100 if index < 300 else 300 if index < 700 else 2**31, draw.integers(1, 9)).tolist()
+        rows.append({"input_ids": ids, "labels": ids if index % 500 < 499 else [ids[0], *[-100] * (len(ids) - 1)]})
+    corpus = opened(write(tmp_path / f"rows{suffix}", rows))
+    for index, row in enumerate(rows):
+        tokens, labels = corpus.read(index, 0, len(row["input_ids"]))
+        assert (tokens.tolist(), labels.tolist()) == (row["input_ids"], row["labels"])
+        assert corpus.largest[index] == max(row["input_ids"])
+
+
+def test_rows_without_labels_learn_their_own_tokens(tmp_path, opened):
+    corpus = opened(write(tmp_path / "rows.jsonl", [{"input_ids": [5, 6]}]))
     assert corpus.read(0, 0, 2)[1].tolist() == [5, 6]
 
 
+BROKEN = [
+    ([{"input_ids": "abc"}], r"row 0: input_ids=b?'abc' must be a list of integers"),
+    ([{"input_ids": [0.5]}], r"row 0: input_ids holds 0.5 and must be a list of integers"),
+    ([{"input_ids": [True]}], r"row 0: input_ids holds True and must be a list of integers"),
+    ([{"input_ids": [1]}, {"input_ids": [2, -3]}], r"row 1: input_ids=-3 must be at least 0"),
+    ([{"input_ids": [1]}, {"input_ids": None}], r"row 1: input_ids has a null"),
+    ([{"input_ids": [1, None]}], r"row 0: input_ids has a null in its list"),
+    ([{"input_ids": [1]}, {"input_ids": [2**31]}], r"row 1: input_ids=2147483648 is above 2147483647"),
+    ([{"input_ids": [1, 2], "labels": [1]}], r"row 0: labels=1 and input_ids=2 must be equally many"),
+    ([{"input_ids": [1, 2], "labels": [1, -1]}], r"row 0: labels=-1 must be a token id, or -100"),
+    ([{"input_ids": [1, 2], "labels": [-100, 2**31]}], r"row 0: labels=2147483648 must be a token id, or -100"),
+]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"text": "x"}], r"there is no column 'input_ids'; it has \['text'\]"),
-        ([{"input_ids": [0.5]}], r"column input_ids=list<.*double> must hold lists of integers"),
-        ([{"input_ids": "abc"}], r"column input_ids=string must hold lists of integers"),
-        ([{"input_ids": [1]}, {"input_ids": [2, -3]}], r"row 1: input_ids=-3 must be at least 0"),
-        ([{"input_ids": [1]}, {"input_ids": None}], r"row 1: input_ids has a null"),
-        ([{"input_ids": [1, None]}], r"row 0: input_ids has a null"),
-        ([{"input_ids": [1, 2], "labels": [1]}], r"row 0: labels=1 and input_ids=2 must be equally many"),
-    ],
-)
-def test_malformed_rows_are_named(tmp_path, suffix, rows, message):
-    with pytest.raises(ValueError, match=message):
-        open_corpus(write(tmp_path / f"rows{suffix}", rows))
+@pytest.mark.parametrize(("rows", "message"), BROKEN)
+def test_broken_rows_are_named_or_counted(tmp_path, opened, suffix, rows, message):
+    path = write(tmp_path / f"rows{suffix}", rows)
+    with pytest.raises(ValueError, match=message) as raised:
+        opened(path)
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).endswith("; or set data.on_broken='skip' to leave such rows out")
+    corpus = opened(path, on_broken="skip")
+    assert (len(corpus.lengths), corpus.num_broken, corpus.num_made) == (len(rows) - 1, 1, 0)
+    ((count, first),) = corpus.left_out.values()
+    assert count == 1 and first == f"{path} row {len(rows) - 1}"
 
 
-def test_sources_that_cannot_be_read(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"input_ids": [1]}\n{"input_ids": [')
-    with pytest.raises(ValueError, match=r"bad.jsonl: is malformed"):
-        open_corpus(str(tmp_path / "bad.jsonl"))
+LINES = [
+    (b'{"input_ids": [', r"row 1: malformed JSON \(Expecting value at character 16\)"),
+    (b"[1, 2]", r"row 1: no JSON object"),
+    (b'{"ids": [1]}', r"row 1: there is no column 'input_ids'; it has \['ids'\]"),
+    (b'{"input_ids": [1], "x": "\xff"}', r"row 1: not UTF-8 \(invalid start byte\)"),
+    (b'{"input_ids": [1e3]}', r"row 1: input_ids holds 1000.0 and must"),
+    (b'{"input_ids": [' + b"9" * 5000 + b"]}", r"row 1: malformed JSON"),
+    (b'{"input_ids": [' + b"9" * 30 + b"]}", r"row 1: input_ids=9{30} is above"),
+    (b'{"input_ids": [-' + b"9" * 30 + b"]}", r"row 1: input_ids must be at least 0"),
+    (b'{"input_ids": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"row 1: malformed JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), LINES, ids=range(len(LINES)))
+def test_broken_lines_are_named_or_counted(tmp_path, opened, line, message):
+    """Rows are counted from 0, blank lines not; the row after is read."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"input_ids": [1]}\r\n\n' + line + b'\n{"input_ids": [2]}\n')
+    with pytest.raises(ValueError, match=message) as raised:
+        opened(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+    corpus = opened(path, on_broken="skip")
+    assert [corpus.read(i, 0, 1)[0].tolist() for i in range(2)] == [[1], [2]]
+    assert corpus.describe(1) == f"{path} row 2" and corpus.num_broken == 1
+
+
+def test_empty_rows_may_be_an_error(tmp_path, opened):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"row 1: there is no token; or set data.on_empty='skip'"):
+        opened(path, on_empty="error")
+
+
+def test_sources_that_cannot_be_read(tmp_path, opened):
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(ValueError, match=r"bad.parquet: is malformed"):
-        open_corpus(str(tmp_path / "bad.parquet"))
+        opened(tmp_path / "bad.parquet")
     with pytest.raises(ValueError, match=r"none.jsonl: cannot be read"):
-        open_corpus(str(tmp_path / "none.jsonl"))
+        opened(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"source='wiki' is unknown"):
-        open_corpus("wiki")
+        opened("wiki")
+    with pytest.raises(ValueError, match=r"there is no column 'input_ids', 'text' or 'messages'; it has \['x'\]"):
+        opened(write(tmp_path / "other.jsonl", [{"x": 1}]))

@@ -13,7 +13,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 import evaluate_ranks as on_ranks
-from flexsp.data import hold_out
+from flexsp.data import hold_out, open_corpus
 from flexsp.train.build import build_sequences
 from flexsp.train.config import load_config, parse_config
 from flexsp.train.records import SEQUENCES
@@ -159,7 +159,7 @@ def test_no_piece_of_a_held_out_document_is_trained(tmp_path):
     config = parse_config({"model": {"path": "x"}, "data": data})
     found: list[list[tuple[int, ...]]] = []
     for held_out in (False, True):
-        sequences = build_sequences(config, held_out)
+        sequences = build_sequences(config, open_corpus(config.data.source, config.data), held_out)
         found.append([tuple(sequences.read(i, 0, n)[0].tolist()) for i, n in enumerate(sequences.lengths.tolist())])
     pieces = [[tuple(row[at : at + 100]) for at in range(0, len(row), 100)] for row in rows]
     assert sorted(found[0] + found[1]) == sorted(piece for row in pieces for piece in row)
@@ -179,7 +179,7 @@ def test_every_held_out_sequence_counts_once(ranks, folder, world_size, batch_si
             },
         }
     )  # fmt: skip
-    sequences = build_sequences(config, held_out=True)
+    sequences = build_sequences(config, open_corpus(config.data.source, config.data), held_out=True)
     expected = on_ranks.expected_loss(
         [sequences.read(i, 0, n)[0].tolist() for i, n in enumerate(sequences.lengths.tolist())]
     )

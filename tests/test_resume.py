@@ -26,6 +26,7 @@ CONFIG = f"""
 [model]
 config = {{ model_type = "llama", vocab_size = 256, hidden_size = 32, intermediate_size = 64, num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, max_position_embeddings = 1024 }}
 [data]
+cache_dir = "data"
 source = "rows.jsonl"
 max_length = "1K"
 [planner]

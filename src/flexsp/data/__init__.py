@@ -2,19 +2,21 @@
 
 from flexsp.batches import Overlong
 from flexsp.data.batch import PlannedBatch, RankMicroBatch
-from flexsp.data.corpus import Corpus, PythonStdlib, open_corpus
+from flexsp.data.corpus import Corpus, TokenStore, open_corpus
 from flexsp.data.held_out import hold_out
 from flexsp.data.loader import PlannedLoader
+from flexsp.data.options import DataOptions
 from flexsp.data.sequences import Sequences, apply_context_limit
 
 __all__ = [
     "Corpus",
+    "DataOptions",
     "Overlong",
     "PlannedBatch",
     "PlannedLoader",
-    "PythonStdlib",
     "RankMicroBatch",
     "Sequences",
+    "TokenStore",
     "apply_context_limit",
     "hold_out",
     "open_corpus",

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from flexsp.data.indexing import Built, Recipe, built
+from flexsp.data.options import DataOptions
 from flexsp.data.packing import IntArray
-from flexsp.lengths import JSON_BLOCK_BYTES, LengthArray
+from flexsp.data.rows import NOT_BROKEN, Reason
+from flexsp.data.sources import PYTHON_STDLIB
+from flexsp.lengths import LengthArray
+from flexsp.track import Track, silent
 
-PYTHON_STDLIB = "python-stdlib"
-"""The source name of the standard library of the Python that runs us."""
+MOST_MAPPED = 64
+"""Shards that are memory-mapped at once: each takes open files."""
+MOST_NAMED = 1000
+"""Files whose digests `identity` names one by one."""
 
 
 class Corpus(Protocol):
@@ -24,7 +34,7 @@ class Corpus(Protocol):
     num_empty: int
     """Documents of no token, which were left out."""
     max_token: int
-    """No token id is above it."""
+    """No token id, and no label, is above it."""
 
     def read(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
         """Tokens [start, stop) of a document and the label of each token itself (not shifted)."""
@@ -35,121 +45,108 @@ class Corpus(Protocol):
         ...
 
 
-def open_corpus(source: str) -> Corpus:
-    """The corpus that `source` names: `python-stdlib`, or a `.jsonl` or `.parquet` file of rows with `input_ids`.
+def open_corpus(
+    source: str,
+    options: DataOptions | None = None,
+    *,
+    model_path: str = "",
+    track: Track = silent,
+    patient: bool = False,
+) -> TokenStore:
+    """The corpus that `source` names, tokenized into `options.cache_dir` where it is not there yet.
+
+    Every rank may call it: one builds, and the others wait for it, however long it takes. What a killed build had done
+    is kept.
+
+    Args:
+        source: `python-stdlib`; a `.jsonl` or `.parquet` file; a folder or a pattern of such files, or of files of
+            text; a folder that `save_to_disk` of `datasets` wrote; or `hf:NAME`, a data set by name.
+        options: how it is read; by default rows have `input_ids`, and python-stdlib is read as bytes.
+        model_path: a model's folder, which may hold the tokenizer.
+        track: shows progress.
+        patient: whether another rank begins now, which had better build.
 
     Raises:
-        ValueError: an unknown source, or a file that cannot be read as what its name says.
+        ValueError: an unknown source, a file or row that cannot be read as what the options say, or a cache that cannot
+            be written; the message is one line and names file and row.
     """
-    if source == PYTHON_STDLIB:
-        return PythonStdlib()
-    if Path(source).suffix in (".jsonl", ".parquet"):
-        return _Rows(source)
-    raise ValueError(
-        f"source={source!r} is unknown; give {PYTHON_STDLIB!r}, or a .jsonl or .parquet file of rows with input_ids"
-    )
+    recipe = Recipe(source, options or DataOptions(), model_path)
+    return TokenStore(recipe, built(recipe, track, patient))
 
 
-class PythonStdlib:
-    """The source files of the Python standard library, one file a document, one byte a token."""
+class TokenStore:
+    """Documents of tokens in memory-mapped files; a Corpus."""
 
-    name = PYTHON_STDLIB
-    max_token = 255
-
-    def __init__(self, folder: str | Path | None = None) -> None:
-        """`folder`: by default where the running Python has its library."""
-        self.folder = Path(folder or sysconfig.get_path("stdlib"))
-        found = sorted(
-            path.relative_to(self.folder).as_posix()
-            for path in self.folder.rglob("*.py")
-            if "site-packages" not in path.parts and path.is_file()
+    def __init__(self, recipe: Recipe, made: Built) -> None:
+        self.name = recipe.source.name
+        self.num_made: int = made.num_made
+        """Shards that had to be made; the others were there."""
+        self._source, self._pieces, self._shards = recipe.source, made.pieces, made.shards
+        self._firsts = np.cumsum([0, *(shard.documents for shard in made.shards)])
+        self._offsets = [shard.offsets() for shard in made.shards]
+        none = np.empty(0, dtype=np.int64)
+        self.lengths = np.concatenate([none, *(np.diff(offsets) for offsets in self._offsets)])
+        self.largest: npt.NDArray[np.uint32] = np.concatenate(
+            [none.astype(np.uint32), *(shard.largest() for shard in made.shards)]
         )
-        sizes = [(self.folder / path).stat().st_size for path in found]
-        self.paths = [path for path, size in zip(found, sizes, strict=True) if size]
-        self.lengths = np.array([size for size in sizes if size], dtype=np.int64)
-        self.num_empty = len(found) - len(self.paths)
+        """(documents,) the largest token id or label of each."""
+        self.max_token = int(self.largest.max(initial=0))
+        self.left_out = _left_out(recipe, made)
+        """Rows that are no documents, by reason: how many, and the first as an error would name it."""
+        self.num_empty = self.left_out.get(Reason.EMPTY, (0, ""))[0]
+        self.num_broken = sum(count for reason, (count, _) in self.left_out.items() if reason not in NOT_BROKEN)
+        self._maps: OrderedDict[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = OrderedDict()
 
     def read(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
-        with open(self.folder / self.paths[document], "rb") as file:
-            file.seek(start)
-            tokens = np.frombuffer(file.read(stop - start), dtype=np.uint8).astype(np.int64)
-        if len(tokens) != stop - start:
-            raise ValueError(f"{self.describe(document)}: the file has changed since the run began; start it again")
-        return tokens, tokens
+        """Tokens [start, stop) of a document and the label of each token itself (not shifted)."""
+        index, within = self._place(document)
+        begin = int(self._offsets[index][within])
+        tokens, labels = self._map(index)
+        found = np.array(tokens[begin + start : begin + stop], dtype=np.int64)
+        return found, found if labels is tokens else np.array(labels[begin + start : begin + stop], dtype=np.int64)
 
     def describe(self, document: int) -> str:
-        return self.paths[document]
+        """A name for errors: file, or file and row."""
+        index, within = self._place(document)
+        return self._source.describe(self._pieces[index], self._shards[index].row(within))
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all documents: equal on ranks that see the same tokens in the same order."""
+        digests = [shard.digest for shard in self._shards if shard.documents]
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: the fingerprint, and digests of the files unless they are many."""
+        files: dict[str, list[str]] = {}
+        for piece in self._pieces:
+            for file, part in zip(piece.files, piece.parts, strict=True):
+                files.setdefault(file.name, []).append(part.content)
+        named = {name: hashlib.sha256("".join(parts).encode()).hexdigest()[:16] for name, parts in files.items()}
+        return {"fingerprint": self.fingerprint, "files": named if len(named) <= MOST_NAMED else {}}
+
+    def _place(self, document: int) -> tuple[int, int]:
+        """The shard of a document, and which of its documents it is."""
+        index = int(np.searchsorted(self._firsts, document, side="right")) - 1
+        return index, document - int(self._firsts[index])
+
+    def _map(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        if index not in self._maps:
+            self._maps[index] = self._shards[index].map()
+            if len(self._maps) > MOST_MAPPED:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(index)
+        return self._maps[index]
 
 
-class _Rows:
-    """Rows of a JSONL or Parquet file: `input_ids` and, where there, `labels` (-100 where masked), as lists."""
-
-    def __init__(self, path: str) -> None:
-        self.name = path
-        columns = _read_columns(path)
-        if "input_ids" not in columns:
-            raise ValueError(f"{path}: there is no column 'input_ids'; it has {sorted(columns)}; name the tokens so")
-        self._tokens, offsets = _flatten(path, "input_ids", columns["input_ids"])
-        lengths = np.diff(offsets)
-        self._labels = self._tokens
-        if "labels" in columns:
-            self._labels, label_offsets = _flatten(path, "labels", columns["labels"])
-            if unequal := np.flatnonzero(np.diff(label_offsets) != lengths).tolist():
-                row = unequal[0]
-                raise ValueError(
-                    f"{path} row {row}: labels={np.diff(label_offsets)[row]} and input_ids={lengths[row]} must be "
-                    f"equally many; write one label per token, -100 where it does not count"
-                )
-        if self._tokens.min(initial=0) < 0:
-            least = int(self._tokens.argmin())
-            row = int(np.searchsorted(offsets, least, side="right")) - 1
-            raise ValueError(f"{path} row {row}: input_ids={self._tokens[least]} must be at least 0; correct the row")
-        self._rows = np.flatnonzero(lengths)
-        self._offsets = offsets[self._rows]
-        self.lengths = lengths[self._rows]
-        self.num_empty = len(lengths) - len(self._rows)
-        self.max_token = int(self._tokens.max(initial=0))
-
-    def read(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
-        part = slice(int(self._offsets[document]) + start, int(self._offsets[document]) + stop)
-        return self._tokens[part].astype(np.int64), self._labels[part].astype(np.int64)
-
-    def describe(self, document: int) -> str:
-        return f"{self.name} row {self._rows[document]}"
+def _left_out(recipe: Recipe, made: Built) -> Mapping[str, tuple[int, str]]:
+    counts: dict[str, tuple[int, str]] = {}
+    for piece, shard in zip(made.pieces, made.shards, strict=True):
+        for reason, left_out in shard.left_out.items():
+            row, _ = left_out.first[0]
+            count, first = counts.get(reason, (0, recipe.source.describe(piece, row)))
+            counts[reason] = count + left_out.count, first
+    return counts
 
 
-def _read_columns(path: str) -> dict[str, Any]:
-    """The columns that we use of a file, as pyarrow arrays."""
-    try:
-        import pyarrow
-        import pyarrow.json
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading rows needs pyarrow; pip install 'flexsp[train]'") from None
-    try:
-        if path.endswith(".parquet"):
-            table = pyarrow.parquet.read_table(path, memory_map=True)
-        else:
-            options = pyarrow.json.ReadOptions(block_size=max(1, min(Path(path).stat().st_size, JSON_BLOCK_BYTES)))
-            table = pyarrow.json.read_json(path, read_options=options)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give a file of rows with input_ids") from None
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: is malformed ({error}); correct the row") from None
-    return {name: table.column(name) for name in table.column_names}
-
-
-def _flatten(path: str, name: str, column: Any) -> tuple[IntArray, IntArray]:
-    """A column of integer lists as all its values and the (rows + 1,) offsets of the rows in them."""
-    import pyarrow
-
-    kind = column.type
-    if not (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)) or not (
-        pyarrow.types.is_integer(kind.value_type) or pyarrow.types.is_null(kind.value_type)
-    ):
-        raise ValueError(f"{path}: column {name}={kind} must hold lists of integers; write token ids so")
-    whole = column.cast(pyarrow.large_list(pyarrow.int64())).combine_chunks()
-    if whole.null_count or whole.values.null_count:
-        row = next(i for i, value in enumerate(whole) if not value.is_valid or None in value.as_py())
-        raise ValueError(f"{path} row {row}: {name} has a null; give integers")
-    return whole.values.to_numpy(zero_copy_only=False), whole.offsets.to_numpy().astype(np.int64)
+__all__ = ["PYTHON_STDLIB", "Corpus", "DataOptions", "TokenStore", "open_corpus"]

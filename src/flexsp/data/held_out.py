@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flexsp.data.corpus import Corpus
+from flexsp.data.corpus import Corpus, TokenStore
 from flexsp.data.packing import IntArray
 
 STREAM = 1
@@ -28,6 +28,9 @@ class Documents:
         """
         self.whole, self.documents, self.name = whole, documents, name
         self.lengths = whole.lengths[documents]
+        if isinstance(whole, TokenStore):
+            self.largest = whole.largest[documents]
+            """(n,) the largest token id or label of each."""
 
     def read(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
         return self.whole.read(int(self.documents[document]), start, stop)

@@ -41,8 +41,9 @@ from flexsp.profiler.parts import HEAD_TOKENS, SMALL_VOCABULARY, build_part, par
 from flexsp.profiler.points import SHARES, Mix, Part, Point, fit_points, held_out_mixes
 from flexsp.profiler.policies import PolicyReading, measurable, policies_by_parts, read_policies
 from flexsp.profiler.policies import residual_bytes as residual_under
-from flexsp.profiler.probe import Probe, Reading, Track, silent
+from flexsp.profiler.probe import Probe, Reading
 from flexsp.profiler.splits import Splits, measured_splits
+from flexsp.track import Track, silent
 
 
 def measure_layers(

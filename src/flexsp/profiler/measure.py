@@ -27,8 +27,9 @@ from flexsp.profiler.make import Limit, Measured, exchange_bytes_per_token, exch
 from flexsp.profiler.memory import OPTIMIZER_COPIES, PeakFit, held_bytes, peak_fit, shard_bytes
 from flexsp.profiler.points import Mix, Part, Point, fit_points, held_out_mixes
 from flexsp.profiler.policies import at_rest_bytes, measurable, read_policies, residual_bytes, whole_policies
-from flexsp.profiler.probe import Probe, Reading, Track, silent
+from flexsp.profiler.probe import Probe, Reading
 from flexsp.profiler.splits import measured_splits
+from flexsp.track import Track, silent
 
 Made = TypeVar("Made")
 PROBE_TOKENS = {"cpu": 2048, "cuda": 32768}

@@ -16,7 +16,8 @@ from flexsp.parallel.policies import OFFLOAD, policies_of
 from flexsp.profile import Policy
 from flexsp.profiler.memory import PeakFit
 from flexsp.profiler.points import SHARES, Mix, Point
-from flexsp.profiler.probe import Probe, Track, timed_step
+from flexsp.profiler.probe import Probe, timed_step
+from flexsp.track import Track
 
 log = logging.getLogger(__name__)
 

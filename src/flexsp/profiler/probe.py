@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,18 +38,6 @@ class Reading:
     """Mean over all repeats but the slowest, each of the slowest rank."""
     spread: float
     """Largest over least of those, less 1, over the root of their number: how noisy the mean is."""
-
-
-Say = Callable[[str], None]
-"""Says a line about the item at hand."""
-Track = Callable[[Sequence[Any], str], Iterable[tuple[Any, Say]]]
-"""Shows progress through items: hands out each with a way to say what became of it."""
-
-
-def silent(items: Sequence[Any], what: str) -> Iterator[tuple[Any, Say]]:
-    """A Track that shows nothing."""
-    for item in items:
-        yield item, lambda text: None
 
 
 class Probe:

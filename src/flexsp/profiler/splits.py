@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from flexsp.parallel import layouts_of
 from flexsp.profile import Layout
 from flexsp.profiler.points import Point
-from flexsp.profiler.probe import Probe, Track
+from flexsp.profiler.probe import Probe
+from flexsp.track import Track
 
 ROWS = (1, 4)
 """A full row in so many sequences: high degrees are for long ones."""

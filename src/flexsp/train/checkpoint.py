@@ -15,6 +15,7 @@ import datetime
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -54,13 +55,14 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """Those of a run's folder: saves after every so many steps, and keeps the last few. All methods are collectives."""
 
-    def __init__(self, config: Config, control: dist.ProcessGroup) -> None:
+    def __init__(self, config: Config, control: dist.ProcessGroup, data: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             config: of the run.
             control: a CPU group of all ranks.
+            data: what names the tokens that are trained; see `TokenStore.identity`.
         """
-        self._config, self._control = config, control
+        self._config, self._control, self._data = config, control, dict(data or {})
         self._folder = Path(config.run.dir) / FOLDER
         # what is written meanwhile must not get in the way of the step's own collectives
         timeout = datetime.timedelta(seconds=config.run.timeout_s)
@@ -104,7 +106,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             try:
                 part.mkdir(parents=True)
-                jf.write_object(part / STATE, _state(steps, self._config, schedule, profile))
+                jf.write_object(part / STATE, _state(steps, self._config, schedule, profile, self._data))
             except (OSError, ValueError) as caught:
                 error = str(caught)
         self._agree(steps, error)
@@ -256,7 +258,7 @@ def _set_random(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _state(steps: int, config: Config, schedule: Schedule, profile: Profile) -> dict[str, Any]:
+def _state(steps: int, config: Config, schedule: Schedule, profile: Profile, data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": steps,
@@ -269,6 +271,7 @@ def _state(steps: int, config: Config, schedule: Schedule, profile: Profile) -> 
         },
         "schedule": {key: value for key, value in schedule.state_dict().items() if _is_json(value)},
         "profile": profile.to_json(),
+        "data": dict(data),
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NewType, get_args, get_type_hints
 
+from flexsp.data.options import DataOptions
 from flexsp.lengths import parse_tokens
 
 Tokens = NewType("Tokens", int)
@@ -45,9 +46,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
+class DataConfig(DataOptions):
     source: str = "python-stdlib"
-    """`python-stdlib`, or a .jsonl or .parquet file of rows with input_ids and, optionally, labels."""
+    """`python-stdlib`; a .jsonl or .parquet file; a folder or a pattern of such files, or of files of text; a folder
+    that `save_to_disk` of `datasets` wrote; or `hf:NAME`, a data set by name."""
     max_length: Tokens = Tokens(16384)
     """The context limit, in tokens."""
     overlong: str = "error"
@@ -191,6 +193,9 @@ CHOICES = {
     "model.reduce_dtype": ("float32", "bfloat16"),
     "planner.policies": ("selective", "full", "offload"),
     "data.overlong": ("drop", "split", "error"),
+    "data.train_on": ("assistant", "all"),
+    "data.on_broken": ("error", "skip"),
+    "data.on_empty": ("error", "skip"),
     "planner.fallback": ("", "batch-adaptive"),
     "train.optimizer": ("adamw", "adam", "sgd"),
 }
@@ -198,6 +203,7 @@ LEAST = {
     "model.loss_chunk_tokens": 0,
     "model.replicate": 1,
     "data.max_length": 2,
+    "data.workers": 0,
     "planner.max_tokens_per_rank": 0,
     "planner.plan_ahead": 1,
     "train.steps": 0,

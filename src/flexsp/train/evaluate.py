@@ -21,7 +21,7 @@ import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from flexsp.data import PlannedBatch, Sequences
+from flexsp.data import Corpus, PlannedBatch, Sequences
 from flexsp.data.packing import IntArray
 from flexsp.legality import violations
 from flexsp.parallel import GroupPool, RankError, forward_only
@@ -29,6 +29,7 @@ from flexsp.planner.service import PlannerError, PlanService
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.profiler.measure import from_first_rank
+from flexsp.track import Track, silent
 from flexsp.train import build
 from flexsp.train.config import Config
 from flexsp.watch.rows import last_rows
@@ -56,8 +57,16 @@ class Score:
         return math.exp(min(self.loss, MOST_NATS))
 
 
-def held_out_sequences(config: Config, model: PreTrainedModel) -> Sequences | None:
-    """What `[eval]` evaluates on, under the run's context limit; None where it evaluates never.
+def held_out_sequences(
+    config: Config, model: PreTrainedModel, corpus: Corpus, track: Track = silent
+) -> Sequences | None:
+    """What `[eval]` evaluates on, under the run's context limit; None where it evaluates never. A collective.
+
+    Args:
+        config: of the run.
+        model: whose vocabulary and positions must hold it.
+        corpus: of the run.
+        track: shows how far a corpus of its own is.
 
     Raises:
         ValueError: the corpus cannot be read, or does not fit the model or the limit.
@@ -66,11 +75,10 @@ def held_out_sequences(config: Config, model: PreTrainedModel) -> Sequences | No
         return None
     if config.eval.source:
         config = replace(config, data=replace(config.data, source=config.eval.source, held_out=0))
-        sequences = build.build_sequences(config)
+        sequences = build.build_sequences(config, build.open_on_all_ranks(config, track))
     else:
-        sequences = build.build_sequences(config, held_out=True)
-    build.check_fit(model, sequences, config.data.max_length)
-    return sequences
+        sequences = build.build_sequences(config, corpus, held_out=True)
+    return build.check_fit(model, sequences, config.data)
 
 
 class Evaluation:

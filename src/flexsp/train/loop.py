@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,14 @@ class Loop:
     """Shows and records."""
     start: Start | None
     """The checkpoint to go on from."""
+    data: Mapping[str, Any]
+    """What names the tokens, for checkpoints; see `TokenStore.identity`."""
 
     def run(self) -> bool:
         """Trains what is left of the steps; False where SIGTERM ended it before the last."""
         config, learner, place, steps = self.config, self.learner, self.guard.place, self.config.train.steps
         optimizer, schedule = build.build_optimizer(self.model, config.train)
-        checkpoints = Checkpoints(config, self.groups.control)
+        checkpoints = Checkpoints(config, self.groups.control, self.data)
         first_step = 0 if self.start is None else self._load(self.start, checkpoints, optimizer, schedule)
         mixed = 0
         kernels: frozenset[str] = frozenset()

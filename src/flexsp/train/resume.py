@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexsp import jsonfields as jf
+from flexsp.data import TokenStore
 from flexsp.profile import Profile
 from flexsp.train.checkpoint import FORMAT, STATE, saved_checkpoints, steps_of
 from flexsp.train.config import Config
@@ -15,6 +16,8 @@ from flexsp.train.config import Config
 DECIDES_WEIGHTS = ("model", "data", "train")
 """Sections that must be the same when a run goes on; plans, folders and times may differ."""
 PLACES = (
+    "data.cache_dir",
+    "data.workers",
     "model.activation_checkpointing",
     "model.attention",
     "model.loss_chunk_tokens",
@@ -22,7 +25,7 @@ PLACES = (
     "model.reshard_after_forward",
     "model.shard_layers",
 )
-"""Keys of those sections that say where the model lies, not what it is: other ranks may need others."""
+"""Keys of those sections that say where model and tokens lie, not what they are: other ranks may need others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,32 @@ def find_start(config: Config) -> Start | None:
             f"would take; remove it or give another run.dir"
         )
     return _read(path, config, DECIDES_WEIGHTS if own else ("model",))
+
+
+def check_data(config: Config, start: Start | None, corpus: TokenStore) -> None:
+    """Whether a run that goes on in its own folder sees the tokens that it began with.
+
+    Raises:
+        ValueError: others; the message names the files that changed, as far as is known.
+    """
+    now = corpus.identity()
+    if start is None or start.path.parent.parent.resolve() != Path(config.run.dir).resolve():
+        return
+    where = f"{start.path / STATE}: data"
+    before = jf.as_object(start.state.get("data", {}), where)  # an older checkpoint has none
+    if not before or before.get("fingerprint") == now["fingerprint"]:
+        return
+    was = jf.as_object(before.get("files", {}), f"{where}.files")
+    changed = [name for name in {**was, **now["files"]} if was.get(name) != now["files"].get(name)]
+    which = f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''} changed"
+    if not (was and now["files"]):
+        which = "files changed"
+    elif not changed:
+        which = "the files are the same, and the tokenizer or its chat template changed"
+    raise ValueError(
+        f"data.source={config.data.source!r} holds other tokens than those with which {start.path} was made: {which}; "
+        f"restore them, or give another run.dir"
+    )
 
 
 def _read(path: Path, config: Config, sections: tuple[str, ...]) -> Start:

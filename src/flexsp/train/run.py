@@ -28,7 +28,7 @@ from flexsp.train.failures import Guard
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
 from flexsp.train.ranks import joined_ranks
-from flexsp.train.resume import Start, find_start
+from flexsp.train.resume import Start, check_data, find_start
 from flexsp.train.sinks import check_sinks
 from flexsp.train.watch import Watch
 
@@ -81,11 +81,13 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
     first_step, folder = 0 if start is None else start.steps, Path(config.run.dir)
     replay = from_first_rank(lambda: read_plan_log(config.planner.replay) if config.planner.replay else {}, groups)
     guard.place.at("opening the data")
-    sequences = build.build_sequences(config)
+    corpus = build.open_on_all_ranks(config, watch.display.tell)
+    check_data(config, start, corpus)
+    sequences = build.build_sequences(config, corpus)
     guard.place.at("building the model")
     model = build.build_model(config.model, config.train.seed)
-    build.check_fit(model, sequences, config.data.max_length)
-    held_out = held_out_sequences(config, model)
+    sequences = build.check_fit(model, sequences, config.data)
+    held_out = held_out_sequences(config, model, corpus, watch.display.tell)
     num_parameters = sum(p.numel() for p in model.parameters())
     log.info(
         "model: %s, %s parameters, on %d ranks (%s)",
@@ -105,7 +107,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
     with _loader(config, sequences, profile, groups, first_step, replay) as loader:
         loop = Loop(
             config=config, model=model, groups=groups, loader=loader, learner=learner, evaluation=evaluation,
-            guard=guard, watch=watch, start=start,
+            guard=guard, watch=watch, start=start, data=corpus.identity(),
         )  # fmt: skip
         if not loop.run():
             return
