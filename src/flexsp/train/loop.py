@@ -78,7 +78,7 @@ class Loop:
                 place.at("correcting the profile", batch.step, bounded=True)
                 metrics |= {**throughput.of(batch.lengths, metrics["step_s"]), **self._learned(batch, result)}
                 mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
-                place.at("evaluating", batch.step, bounded=True)
+                place.at("evaluating", batch.step)
                 metrics |= self.evaluation.after_step(batch.step + 1, learner.profile, self._asked_to_stop)
                 line.say(step_text(metrics, str(batch.plan)))
                 place.at("writing the records in run.dir", batch.step)
