@@ -10,11 +10,13 @@ communicators   no more than the sets of ranks that the rules of placement allow
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from scipy.stats import theilslopes
 
 WARM_UP = 0.25
@@ -57,16 +59,20 @@ def verdict(series: Mapping[str, Series], steps: int) -> dict[str, dict[str, Any
     return found
 
 
-def growth(steps: list[int], values: list[int]) -> dict[str, float]:
+def growth(steps: list[int], values: list[int]) -> dict[str, float | None]:
     """The robust slope of bytes over steps, and its 95 % interval, as shares of the warm size in 1,000 steps."""
     warm, _ = ends(values)
-    slope, _, low, high = theilslopes(values, steps)
+    with np.errstate(invalid="ignore"):  # of an interval that there is not
+        slope, _, low, high = theilslopes(values, steps)
+    share, low_share, high_share = (
+        round(1000 * float(each) / warm, 5) if math.isfinite(each) else None for each in (slope, low, high)
+    )  # a series without any change has no interval
     return {
         "warm_bytes": warm,
         "bytes_per_1000_steps": round(1000 * float(slope)),
-        "share_per_1000_steps": round(1000 * float(slope) / warm, 5),
-        "low": round(1000 * float(low) / warm, 5),
-        "high": round(1000 * float(high) / warm, 5),
+        "share_per_1000_steps": share,
+        "low": low_share,
+        "high": high_share,
     }
 
 
