@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 import checkpoint_ranks as do
 from flexsp.train import safe_load
 from flexsp.train.checkpoint import FOLDER, PART, saved_checkpoints
+from flexsp.train.digests import STATE, SUFFIX, check_digests
 from flexsp.train.resume import find_start
 from rank_pool import RanksFailed
 
@@ -66,7 +68,10 @@ class Evil:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("damage", ["evil list", "evil class", "no list", "cut list", "cut tensors", "no tensors"])
+DAMAGES = ("evil list", "evil class", "no list", "cut list", "cut tensors", "no tensors", "flipped bit", "no digests")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_evil_checkpoint_is_one_line_and_runs_nothing(ranks, saved, tmp_path, damage):
     listed, (tensors, *_) = saved / ".metadata", sorted(saved.glob("*.distcp"))
     made = tmp_path / "made"
@@ -78,6 +83,12 @@ def test_a_damaged_or_evil_checkpoint_is_one_line_and_runs_nothing(ranks, saved,
         listed.unlink()
     elif damage == "cut list":
         listed.write_bytes(listed.read_bytes()[:100])
+    elif damage == "flipped bit":  # within a tensor: torch compares no checksum, and would train other weights
+        data = bytearray(tensors.read_bytes())
+        data[len(data) // 2] ^= 1
+        tensors.write_bytes(data)
+    elif damage == "no digests":
+        (saved / "__1.sha256").unlink()
     elif damage == "cut tensors":
         tensors.write_bytes(tensors.read_bytes()[: tensors.stat().st_size // 2])
     else:
@@ -86,6 +97,27 @@ def test_a_damaged_or_evil_checkpoint_is_one_line_and_runs_nothing(ranks, saved,
     assert not made.exists()
     for error in errors:
         assert "the checkpoint cannot be loaded (" in error and "\n" not in error
+        if damage in DAMAGES[-2:]:
+            assert tensors.name in error or "'__1_0.distcp' has no digest" in error
+
+
+def test_the_digests_are_those_of_sha256sum(saved):
+    listed = "".join(path.read_text() for path in sorted(saved.glob(f"*{SUFFIX}")))
+    names = {path.name for path in saved.iterdir() if path.suffix != SUFFIX}
+    assert {row.split("  ")[1] for row in listed.splitlines()} == names
+    assert names == {STATE, ".metadata", "__0_0.distcp", "__1_0.distcp"}
+    for row in listed.splitlines():
+        digest, name = row.split("  ")
+        assert hashlib.sha256((saved / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("row", ["x", f"{'0' * 64}  ../../etc/passwd", f"{'0' * 64} state.json", f"{'0' * 64}  none"])
+def test_a_wrong_list_of_digests_opens_nothing_else(saved, row):
+    (saved / f"more{SUFFIX}").write_text(row + "\n")
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=r"more.sha256 is not a list of digests|step-00000001/none"
+    ):
+        check_digests(saved, [STATE])
 
 
 def test_a_rank_that_dies_while_a_checkpoint_loads_is_not_the_checkpoint_s_fault(broken_ranks, saved, tmp_path):

@@ -88,3 +88,24 @@ def test_what_is_infeasible_is_said_on_one_line(files):
 def test_training_without_torch_says_what_to_install(tmp_path):
     error = one_line_error(flexsp("train", tmp_path / "c.toml"))
     assert "pip install 'flexsp[train]'" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "flexsp: the following arguments are required: COMMAND; see flexsp --help"),
+        (["plan"], "flexsp plan: the following arguments are required: LENGTHS, --profile; see flexsp plan --help"),
+        (["plan", "x", "--profile", "y", "--explain", "z"], "argument --explain: invalid int value: 'z'; see"),
+        (["check", "a", "b", "c", "", "--x"], "flexsp: unrecognized arguments: '' --x; see flexsp --help"),
+        (["show", "x" * 5000], "xxx: cannot be read (File name too long); give a JSON file"),
+    ],
+)
+def test_wrong_flags_are_one_line_too(arguments, said):
+    assert said in one_line_error(flexsp(*arguments))
+
+
+@pytest.mark.parametrize("planner", ["json:loads", "os:getcwd"])
+def test_a_planner_of_the_users_that_is_none_is_one_line(files, planner):
+    lengths, profile, _ = files
+    error = one_line_error(flexsp("plan", lengths, "--profile", profile, "--planner", planner))
+    assert f"planner='{planner}' failed (TypeError" in error

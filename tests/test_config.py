@@ -52,3 +52,33 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.toml").write_text("[model")
     with pytest.raises(ValueError, match=r"bad.toml: is not TOML"):
         load_config(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.lr", "nan"], r"train.lr=nan must be a finite number"),
+        (["--train.lr", "inf"], r"train.lr=inf must be a finite number"),
+        (["--train.grad_clip", "1e300"], r"train.grad_clip=1e\+300 must be a finite number, up to 1e\+30"),
+        (["--train.steps", str(2**70)], r"train.steps=1180591620717411303424 must be a number of 64 bits"),
+        (["--planner.sp_degrees", "[1, 0]"], r"planner.sp_degrees=0 must be at least 1"),
+        (["--run.timeout_s", "1e20"], r"run.timeout_s=1e\+20 must be at most 10000000.0"),
+        (["--model.config.rope", "{ theta = nan }"], r"model.config.rope.theta=nan must be a finite number"),
+        (["--train.optimizer_options.x", "2026-01-31"], r"optimizer_options.x=2026-01-31 must be text, a number"),
+        (["--planner.name", "x" * 5000, "--x.y", "1"], r"section \[x\] is unknown"),
+        (["--data.overlong", "x" * 5000], r"data.overlong='x{56}\.\.\. must be one of"),
+    ],
+)
+def test_what_a_checkpoint_could_not_say_is_refused_at_the_start(path, flags, message):
+    """Found by tests/fuzzing: each was taken, or ended in a traceback, some of them hours later."""
+    with pytest.raises(ValueError, match=message):
+        load_config(path, flags)
+
+
+def test_files_that_are_no_toml(tmp_path):
+    for text in ("a = " + "9" * 5000, "a = " + "[" * 50_000):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ValueError, match=r"bad.toml: is (not TOML|nested too deeply)"):
+            load_config(tmp_path / "bad.toml")
+    with pytest.raises(ValueError, match=r"/dev/zero: (must be at most|is not TOML)"):
+        load_config("/dev/zero")

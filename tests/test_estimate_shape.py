@@ -209,3 +209,23 @@ def test_a_wrong_config_is_named_with_its_field(changes, message):
     with pytest.raises(ValueError, match=message) as raised:
         tiny(**changes)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2**53}, r"num_hidden_layers=9007199254740992 must be at most 16,384"),
+        ({"vocab_size": 2**40}, r"vocab_size=1099511627776 must be at most 16,777,216"),
+        (
+            {"num_attention_heads": 10**6, "num_key_value_heads": 1},
+            r"hidden_size=.* must be at least num_attention_heads",
+        ),
+        ({"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": 3}, r"mlp_only_layers=3 must be a JSON list"),
+        ({"tie_word_embeddings": "x" * 5000}, r"tie_word_embeddings='x{56}\.\.\. must be true or false"),
+    ],
+)
+def test_sizes_that_no_model_has(changes, message):
+    """Found by tests/fuzzing: a hang, a division by zero, a TypeError."""
+    fields = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256, **changes}
+    with pytest.raises(ValueError, match=message):
+        model_shape(fields)

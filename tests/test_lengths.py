@@ -184,7 +184,8 @@ def test_a_row_longer_than_a_block_of_the_json_reader_is_read(tmp_path):
         ([{"input_ids": [1]}, {"input_ids": ["a"]}], r"rows.jsonl: is malformed"),
         ([{"input_ids": [[1]]}], r"column input_ids=list<item: list<item: int64>> must hold integers"),
         ([{"text": "a b", "id": 1}], r"no column 'input_ids' or 'length'; it has \['id', 'text'\]"),
-        (["[1, 2]"], r"rows.jsonl: is malformed"),
+        (["[1, 2]"], r"rows.jsonl row 0: .* must be a JSON object on a line; write {...}"),
+        (["null", {"length": 3}], r"rows.jsonl row 0: 'null' must be a JSON object"),  # pyarrow dies of it
         (['{"length": 3'], r"rows.jsonl: is malformed"),
         ([], r"rows.jsonl: is malformed \(Empty JSON file\)"),
     ],
@@ -255,3 +256,52 @@ def test_without_pyarrow_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"rows.jsonl: reading rows needs pyarrow; pip install pyarrow"):
         read_lengths(path)
+
+
+# ---- found by tests/fuzzing
+
+
+def npy_of_shape(path, shape):
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+        file.write(bytes(40))
+
+
+@pytest.mark.parametrize("shape", [(10**18,), (999999999999999999,), (-1,), (5, 10**9)])
+def test_a_header_that_claims_more_numbers_than_there_are_takes_no_memory(tmp_path, shape):
+    npy_of_shape(tmp_path / "l.npy", shape)
+    with pytest.raises(ValueError, match=r"l.npy: "):
+        read_lengths(tmp_path / "l.npy")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([5], "m8[s]"), r"dtype=timedelta64\[s\] must be an integer type"),
+        (np.array([2**62, 2**62]), r"all 2 together must be below 2\^63 tokens"),
+    ],
+)
+def test_integers_that_are_no_lengths(array, message):
+    with pytest.raises(ValueError, match=message):
+        as_lengths(array)
+
+
+def test_an_archive_and_a_broken_header_are_no_array(tmp_path):
+    np.savez(tmp_path / "l.npz", a=np.array([1]))
+    (tmp_path / "l.npz").rename(tmp_path / "l.npy")
+    with pytest.raises(ValueError, match=r"l.npy: is no .npy array \(an archive of some\)"):
+        read_lengths(tmp_path / "l.npy")
+    np.save(tmp_path / "m.npy", np.array([1]))
+    (tmp_path / "m.npy").write_bytes((tmp_path / "m.npy").read_bytes().replace(b"{'descr'", b"{[[[['de"))
+    with pytest.raises(ValueError, match=r"m.npy: is no .npy array \("):
+        read_lengths(tmp_path / "m.npy")
+
+
+def test_text_without_end_or_of_other_bytes(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"/dev/zero:1: length="):
+        read_lengths("/dev/zero")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"5\n\xff\n"), encoding="utf-8"))
+    with pytest.raises(ValueError, match=r"^standard input: is not text"):
+        read_lengths("-")
+    with pytest.raises(ValueError, match=r"x='9+.* must be a positive number of tokens"):
+        parse_tokens("9" * 5000, "x")

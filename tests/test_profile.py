@@ -113,3 +113,31 @@ def test_tables_give_measured_seconds_between_lengths_and_grow_beyond_them(tmp_p
 def test_a_malformed_table_is_named(table):
     with pytest.raises(ValueError, match=r"profile: tables\[1\]: lengths=.* must ascend"):
         Profile.from_json(profile_json(tables={"1": table}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices_per_node": 2**40}, r"devices_per_node=1099511627776 must be at most 131,072"),
+        ({"num_devices": 10**18}, r"num_devices=1000000000000000000 must be at most 131,072"),
+        ({"latency_s": {"2": 1, "02": 2}}, r"latency_s: key '02' must be a degree"),
+        ({"layouts": {"9" * 5000: {}}}, r"layouts: key '9{40}' must be a degree"),
+        ({"format": "x" * 5000}, r"format='x{1,60}\.\.\. must be"),
+    ],
+)
+def test_what_no_profile_says_is_refused_at_once(changes, message):
+    """Found by tests/fuzzing: each hung, or was taken."""
+    document = profile_json()
+    if latency_s := changes.pop("latency_s", None):
+        document["all_to_all"]["latency_s"] = latency_s
+    with pytest.raises(ValueError, match=message):
+        Profile.from_json({**document, **changes})
+
+
+def test_an_integer_of_seconds_does_not_wrap_around_in_64_bits():
+    """Found by tests/fuzzing: 10^18 s a token squared, as an integer, left flex without a micro-batch."""
+    document = profile_json(4)
+    document["compute"]["quadratic_s"] = 10**18
+    document["tables"] = {"1": {"lengths": [8, 64], "seconds_per_token": [1, 10**25]}}
+    found = flexsp.plan([390, 90, 60], Profile.from_json(document))
+    assert flexsp.violations(found, [390, 90, 60], Profile.from_json(document)) == []

@@ -65,3 +65,22 @@ def test_predictions_made_anew_are_those_of_planning(tokens, cost):
         anew = predicted_anew(plan, np.array(tokens), cost)
         assert anew.micro_batches == plan.micro_batches and anew.predicted_s == plan.predicted_s
         assert flexsp.violations(anew, tokens, cost) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"step": 2**70, "plan": PLAN.to_json()}, r"plans.jsonl:1: step=.* must be at most"),
+        ('{"step": 1, "step": 2, "plan": {}}\n', r"plans.jsonl:1: is not JSON \(the field 'step' is there twice"),
+        ('{"a": ' + "[" * 5000 + "]" * 5000 + "}\n", r"plans.jsonl:1: is nested more than 64 deep"),
+    ],
+)
+def test_a_row_that_is_no_plain_json_is_named(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        read_plan_log(log(tmp_path, row, {"step": 3, "plan": PLAN.to_json()}))
+
+
+def test_a_row_torn_within_a_character_does_not_count(tmp_path):
+    path = log(tmp_path, {"step": 0, "plan": PLAN.to_json()})
+    path.write_bytes(path.read_bytes() + b'{"step": 1, "plan": {"planner": "\xc3')
+    assert read_plan_log(path) == {0: PLAN}

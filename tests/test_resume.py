@@ -194,3 +194,13 @@ def test_the_plan_log_replayed_gives_the_same_losses_though_corrections_change_p
     for step, row in first.items():
         for key in ("loss", "grad_norm", "micro_batches"):
             assert second[step][key] == row[key], (step, key)
+
+
+def test_a_log_whose_rows_are_of_no_step_is_named(tmp_path):
+    path = tmp_path / METRICS
+    path.write_bytes(b'{"step": 0, "loss": 1}\n{"step": 1, "lo\xc3\n{"step": 1, "loss": 2}\n')
+    assert sorted(last_rows(path)) == [0, 1]  # a kill tore a row
+    for row in ('{"loss": 1}', '{"step": null}', '{"step": 1e400}', "[]"):
+        path.write_text(row + "\n")
+        with pytest.raises(ValueError, match=r"metrics.jsonl:1"):
+            last_rows(path)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,10 @@ MOST_TOKENS = int(np.iinfo(np.int64).max)
 ROW_SUFFIXES = (".jsonl", ".parquet")
 DEFAULT_COLUMNS = ("input_ids", "length")
 """Of a file of rows, where no column is named: the first of these that is there."""
+MOST_DIGITS = 40
+MOST_LINE = 4096
+"""Characters of a line of text: /dev/zero is one line without end."""
+WHITE = b" \t\r\n"
 JSON_BLOCK_BYTES = 1 << 26
 """pyarrow reads JSON in blocks, by default of 1 MiB, and no row may outgrow one: these hold 9 million token ids."""
 PARQUET_ROWS = 4096
@@ -35,7 +40,7 @@ def as_lengths(lengths: Lengths, where: str = "lengths") -> LengthArray:
         raise ValueError(f"{where}: shape={array.shape} must have one dimension; give one length per sequence")
     if array.size == 0:
         raise ValueError(f"{where}: there are no lengths; give at least one")
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.dtype.kind not in "iu":
         raise ValueError(f"{where}: dtype={array.dtype} must be an integer type; lengths are counts of tokens")
     if array.min() < 1:
         index = int(np.argmax(array < 1))
@@ -43,6 +48,8 @@ def as_lengths(lengths: Lengths, where: str = "lengths") -> LengthArray:
     if array.max() > MOST_TOKENS:
         index = int(np.argmax(array > MOST_TOKENS))
         raise ValueError(f"{where}[{index}]={array[index]} must be below 2^63 tokens; correct the length")
+    if array.sum(dtype=np.float64) > MOST_TOKENS / 2 and sum(array.tolist()) > MOST_TOKENS:
+        raise ValueError(f"{where}: all {len(array)} together must be below 2^63 tokens; correct them")
     return array.astype(np.int64)
 
 
@@ -65,22 +72,35 @@ def read_lengths(path: str | Path, column: str | None = None) -> LengthArray:
         raise ValueError(
             f"{name}: column={column!r} must be left out: only {' and '.join(ROW_SUFFIXES)} files have columns"
         )
-    if name == "-":
-        return _parse_lines(sys.stdin, "standard input")
+    if name.endswith(".npy"):
+        return _read_npy(name)
+    shown = "standard input" if name == "-" else name
     try:
-        if name.endswith(".npy"):
-            return as_lengths(np.load(name, allow_pickle=False), name)
+        if name == "-":
+            return _parse_lines(sys.stdin, shown)
         with open(name, encoding="utf-8-sig") as lines:
             return _parse_lines(lines, name)
     except OSError as error:
         raise ValueError(f"{name}: cannot be read ({error.strerror}); give a file of one length a line") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{name}: is not text; give one length a line, or a .npy file named so") from None
-    except (ValueError, EOFError) as error:
+        raise ValueError(f"{shown}: is not text; give one length a line, or a .npy file named so") from None
+    except ValueError as error:
         text = str(error)
-        raise ValueError(
-            text if text.startswith(name) else f"{name}: is no .npy array ({text}); save it again"
-        ) from None
+        raise ValueError(text if text.startswith(shown) else f"{name!r}: {text}; give a file") from None
+
+
+def _read_npy(name: str) -> LengthArray:
+    """Mapped, not read: a header may claim more numbers than there are, or than memory holds."""
+    try:
+        array = np.load(name, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror or error}); give a .npy file") from None
+    except Exception as error:  # numpy's header is a Python literal: parsing one fails in many ways
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name}: is no .npy array ({text}); save it again") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name}: is no .npy array (an archive of some); save one array")
+    return as_lengths(array, name)
 
 
 def _read_rows(name: str, column: str | None) -> LengthArray:
@@ -101,6 +121,7 @@ def _read_rows(name: str, column: str | None) -> LengthArray:
                     lengths.append(_lengths_in(batch.column(column), f"{name} row", begin, column))
                     begin += batch.num_rows
         else:
+            check_objects(name)
             # No schema is given: every field is parsed, and a row that does not go with the others is an error.
             block_bytes = max(1, min(num_bytes, JSON_BLOCK_BYTES))
             table = json.read_json(name, read_options=json.ReadOptions(block_size=block_bytes))
@@ -109,10 +130,29 @@ def _read_rows(name: str, column: str | None) -> LengthArray:
                 lengths.append(_lengths_in(chunk, f"{name} row", begin, column))
                 begin += len(chunk)
     except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror or error}); give a file of rows") from None
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{name}: is malformed ({error}); correct the file") from None
+        text = " ".join(str(error.strerror or error).split())
+        raise ValueError(f"{name}: cannot be read ({text}); give a file of rows") from None
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{name}: is malformed ({text}); correct the file") from None
     return as_lengths(np.concatenate([np.empty(0, dtype=np.int64), *lengths]), name)
+
+
+def check_objects(name: str) -> None:
+    """Refuses a JSONL file of which a row is no object: pyarrow dies of a row that is `null`, of a segmentation fault.
+
+    Raises:
+        ValueError: the message names file and row (from 0).
+        OSError: it cannot be read.
+    """
+    row = 0
+    with open(name, "rb") as lines:
+        for line in lines:
+            if text := line.strip(WHITE):
+                if not text.startswith(b"{"):
+                    shown = text[:40].decode(errors="replace")
+                    raise ValueError(f"{name} row {row}: {shown!r} must be a JSON object on a line; write {{...}}")
+                row += 1
 
 
 def _chosen(schema: Any, column: str | None, name: str) -> str:
@@ -171,28 +211,35 @@ def _is_list(kind: Any) -> bool:
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def _parse_lines(lines: Iterable[str], name: str) -> LengthArray:
-    lengths = []
-    for number, line in enumerate(lines, start=1):
+def _parse_lines(lines: TextIO, name: str) -> LengthArray:
+    lengths = array("q")  # 8 bytes a length, where a list takes 36
+    for number, line in enumerate(iter(lambda: lines.readline(MOST_LINE), ""), start=1):
         text = line.strip()
         if not text:
             continue
-        if not (text.isascii() and text.isdigit()) or int(text) < 1 or int(text) > MOST_TOKENS:
+        if not _is_count(text) or not 1 <= int(text) <= MOST_TOKENS:
             raise ValueError(f"{name}:{number}: length={text[:40]!r} must be a positive integer; give one a line")
         lengths.append(int(text))
-    return as_lengths(np.array(lengths, dtype=np.int64), name)
+    return as_lengths(np.frombuffer(lengths, dtype=np.int64) if lengths else np.empty(0, np.int64), name)
+
+
+def _is_count(text: str) -> bool:
+    """Whether it is digits alone, and not so many that Python refuses to read them."""
+    return text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS
 
 
 def parse_tokens(text: str | int, where: str) -> int:
     """A number of tokens: an integer, or one with the suffix K (1024 tokens), e.g. 192K."""
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+    if isinstance(text, int) and not isinstance(text, bool) and 0 < text <= MOST_TOKENS:
         return text
     digits = str(text)
     factor = 1
     if digits[-1:] in ("K", "k"):
         digits, factor = digits[:-1], 1024
-    if not (digits.isascii() and digits.isdigit()) or int(digits) == 0:
-        raise ValueError(f"{where}={text!r} must be a positive number of tokens; write it like 4096 or 4K (1024 each)")
+    if not _is_count(digits) or not 1 <= int(digits) * factor <= MOST_TOKENS:
+        raise ValueError(
+            f"{where}={text!r:.60} must be a positive number of tokens; write it like 4096 or 4K (1024 each)"
+        )
     return int(digits) * factor
 
 

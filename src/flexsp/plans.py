@@ -128,12 +128,12 @@ class Plan:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: str = "plan") -> Plan:
-        found = jf.required(document, "format", where)
+        found = jf.required(jf.as_object(document, where), "format", where)
         if found != FORMAT:
-            raise ValueError(f"{where}: format={found!r} must be {FORMAT!r}; give a plan file")
+            raise ValueError(f"{where}: format={jf.short(found)} must be {FORMAT!r}; give a plan file")
         status = document.get("status", Status.FEASIBLE.value)
         if status not in list(Status):
-            raise ValueError(f"{where}: status={status!r} must be one of {', '.join(Status)}; correct it")
+            raise ValueError(f"{where}: status={jf.short(status)} must be one of {', '.join(Status)}; correct it")
         micro_batches = jf.as_list(jf.required(document, "micro_batches", where), f"{where}: micro_batches")
         try:
             plan = cls(

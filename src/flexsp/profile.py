@@ -25,6 +25,9 @@ from flexsp import jsonfields as jf
 
 FloatArray = npt.NDArray[np.float64]
 
+MOST_DEVICES = 1 << 17
+"""More are taken for a slip of the keyboard: planning for them would take hours or all memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compute:
@@ -219,8 +222,8 @@ class Profile:
         Raises:
             ValueError: no degree is left, or the model states no longer fit.
         """
-        if num_devices < 1:
-            raise ValueError(f"num_devices={num_devices} must be at least 1; give the number of devices")
+        if not 1 <= num_devices <= MOST_DEVICES:
+            raise ValueError(f"num_devices={num_devices} must be from 1 to {MOST_DEVICES:,}; give their number")
         if num_devices == self.num_devices:
             return self
         degrees = tuple(d for d in self.sp_degrees if d <= num_devices)

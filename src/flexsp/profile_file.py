@@ -1,4 +1,8 @@
-"""Profiles as files, flexsp-profile/1: read field by field, so that what is wrong is named; written as they were."""
+"""Profiles as files, flexsp-profile/1: read field by field, so that what is wrong is named; written as they were.
+
+Seconds and rates become floating point: a Python integer of them would make numpy compute in 64 bits, and wrap around.
+Bytes stay the integers that they are.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexsp import jsonfields as jf
-from flexsp.profile import AllToAll, Compute, Layout, Memory, Policy, Profile, Table
+from flexsp.profile import MOST_DEVICES, AllToAll, Compute, Layout, Memory, Policy, Profile, Table
 
 FORMAT = "flexsp-profile/1"
 
@@ -18,9 +22,9 @@ def profile_from_json(document: Mapping[str, Any], where: str) -> Profile:
     Raises:
         ValueError: a field is missing or wrong; the message names it.
     """
-    found = jf.required(document, "format", where)
+    found = jf.required(jf.as_object(document, where), "format", where)
     if found != FORMAT:
-        raise ValueError(f"{where}: format={found!r} must be {FORMAT!r}; give a profile file")
+        raise ValueError(f"{where}: format={jf.short(found)} must be {FORMAT!r}; give a profile file")
     compute = _Section(document, "compute", where)
     exchange = _Section(document, "all_to_all", where)
     memory = _Section(document, "memory", where)
@@ -30,18 +34,20 @@ def profile_from_json(document: Mapping[str, Any], where: str) -> Profile:
     try:
         profile = Profile(
             name=jf.as_string(jf.required(document, "name", where), f"{where}: name"),
-            num_devices=jf.as_integer(jf.required(document, "num_devices", where), f"{where}: num_devices", 1),
+            num_devices=jf.as_integer(
+                jf.required(document, "num_devices", where), f"{where}: num_devices", 1, MOST_DEVICES
+            ),
             devices_per_node=jf.as_integer(
-                jf.required(document, "devices_per_node", where), f"{where}: devices_per_node", 1
+                jf.required(document, "devices_per_node", where), f"{where}: devices_per_node", 1, MOST_DEVICES
             ),
             sp_degrees=tuple(
                 jf.as_integer(d, f"{where}: sp_degrees", 1)
                 for d in jf.as_list(jf.required(document, "sp_degrees", where), f"{where}: sp_degrees")
             ),
             compute=Compute(
-                quadratic_s=compute.number("quadratic_s"),
-                linear_s=compute.number("linear_s"),
-                fixed_s=compute.number("fixed_s"),
+                quadratic_s=float(compute.number("quadratic_s")),
+                linear_s=float(compute.number("linear_s")),
+                fixed_s=float(compute.number("fixed_s")),
             ),
             all_to_all=AllToAll(
                 bytes_per_token=exchange.number("bytes_per_token"),
@@ -55,7 +61,7 @@ def profile_from_json(document: Mapping[str, Any], where: str) -> Profile:
                 policies=_policies(memory),
             ),
             layouts={_degree(key, f"{where}: layouts"): _layout(key, entry, where) for key, entry in layouts.items()},
-            optimizer_s=None if optimizer_s is None else jf.as_number(optimizer_s, f"{where}: optimizer_s"),
+            optimizer_s=None if optimizer_s is None else float(jf.as_number(optimizer_s, f"{where}: optimizer_s")),
             provenance=jf.as_object(document.get("provenance", {}), f"{where}: provenance"),
             tables={_degree(key, f"{where}: tables"): _table(key, entry, where) for key, entry in tables.items()},
         )
@@ -125,14 +131,14 @@ class _Section:
         where = f"{self.where}.{key}"
         table = self.fields.get(key, {}) if optional else jf.required(self.fields, key, self.where)
         return {
-            _degree(degree, where): jf.as_number(value, f"{where}[{degree}]", positive)
+            _degree(degree, where): float(jf.as_number(value, f"{where}[{degree}]", positive))
             for degree, value in jf.as_object(table, where).items()
         }
 
 
 def _degree(key: str, where: str) -> int:
-    if not (key.isascii() and key.isdigit() and int(key) > 0):
-        raise ValueError(f"{where}: key {key!r} must be a degree, a positive integer in quotes; correct it")
+    if not (key.isascii() and key.isdigit() and len(key) < 7 and str(int(key)) == key and int(key) > 0):
+        raise ValueError(f"{where}: key {key[:40]!r} must be a degree, a positive integer in quotes; correct it")
     return int(key)
 
 
@@ -141,7 +147,7 @@ def _policies(memory: _Section) -> dict[str, Policy]:
     policies = {}
     for name, entry in jf.as_object(memory.fields.get("policies", {}), where).items():
         fields = _Section({name: entry}, name, where)
-        factor = fields.number("compute_factor", positive=True) if "compute_factor" in fields.fields else 1.0
+        factor = float(fields.number("compute_factor", positive=True)) if "compute_factor" in fields.fields else 1.0
         policies[name] = Policy(
             activation_bytes_per_token=fields.number("activation_bytes_per_token", positive=True), compute_factor=factor
         )
@@ -167,7 +173,7 @@ def _table(key: str, entry: Any, where: str) -> Table:
     seconds = jf.as_list(jf.required(fields, "seconds_per_token", where), f"{where}.seconds_per_token")
     table = Table(
         lengths=tuple(jf.as_integer(value, f"{where}.lengths", 1) for value in lengths),
-        seconds_per_token=tuple(jf.as_number(value, f"{where}.seconds_per_token") for value in seconds),
+        seconds_per_token=tuple(float(jf.as_number(value, f"{where}.seconds_per_token")) for value in seconds),
     )
     if not lengths or len(lengths) != len(seconds) or list(table.lengths) != sorted(set(table.lengths)):
         raise ValueError(

@@ -21,15 +21,15 @@ from flexsp.distributions import lengths_of
 from flexsp.lengths import LengthArray, parse_tokens
 from flexsp.planner import COMPARED, find_planner
 from flexsp.plans import Plan
-from flexsp.profile import Profile
+from flexsp.profile import MOST_DEVICES, Profile
 from flexsp.simulate.cases import CHOOSE, Case, make_case, under_policy
 from flexsp.simulate.figures import BASELINE, step_figures
 from flexsp.simulate.output import Result, prepare_output, result, write_output
 from flexsp.simulate.runs import Done, case_figures, jobs, simulate
 
 PLANNERS = "flex,batch-adaptive,static"
-MOST_DEVICES, MOST_SEQUENCES = 1 << 17, 1 << 26
-"""More of either is taken for a slip of the keyboard: it would take hours or all memory."""
+MOST_SEQUENCES = 1 << 26
+"""More are taken for a slip of the keyboard: they would take hours or all memory."""
 DRAWN = 100_000
 """Lengths drawn from a named distribution, or twice what the batches need where that is more."""
 

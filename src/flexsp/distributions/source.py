@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flexsp.distributions.table import find, names
@@ -25,7 +26,7 @@ def lengths_of(text: str, *, column: str | None, count: int, seed: int) -> Lengt
         if column is not None:
             raise ValueError(f"column={column!r} must be left out: {text} is a distribution and has none")
         return find(text).draw(count, seed)
-    if not Path(text).suffix and Path(text).name == text and text != "-" and not Path(text).exists():
+    if not Path(text).suffix and Path(text).name == text and text != "-" and not os.path.exists(text):
         raise ValueError(
             f"lengths={text!r} must be a file or a distribution, and there is no such file here; "
             f"give a path, or one of {', '.join(names())}"
@@ -41,7 +42,7 @@ def is_distribution(text: str) -> bool:
     """
     if text not in names():
         return False
-    if Path(text).is_file():
+    if os.path.isfile(text):
         raise ValueError(
             f"lengths={text!r} is a file here and a distribution too; write ./{text} for the file, "
             f"or run elsewhere for the distribution"

@@ -7,7 +7,6 @@ guessed; a figure is a number, or `{ value = ..., source = "..." }`. Rates are p
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flexsp import jsonfields as jf
+from flexsp.profile import MOST_DEVICES
 
 DTYPES = {"bfloat16": 2, "float32": 4}
 """Bytes of an element, by the name of what a model computes in."""
@@ -79,7 +79,9 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.link_topology not in TOPOLOGIES:
-            raise ValueError(f"link_topology={self.link_topology!r} must be one of {', '.join(TOPOLOGIES)}; correct it")
+            raise ValueError(
+                f"link_topology={jf.short(self.link_topology)} must be one of {', '.join(TOPOLOGIES)}; correct it"
+            )
         for name in SHARES:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1; give a share")
@@ -90,8 +92,8 @@ class Cluster:
         Raises:
             ValueError: they do not fill whole nodes.
         """
-        if num_devices < 1:
-            raise ValueError(f"num_devices={num_devices} must be at least 1; give the number of devices")
+        if not 1 <= num_devices <= MOST_DEVICES:
+            raise ValueError(f"num_devices={num_devices} must be from 1 to {MOST_DEVICES:,}; give their number")
         if num_devices > self.devices_per_node and num_devices % self.devices_per_node:
             raise ValueError(
                 f"num_devices={num_devices} must be at most devices_per_node={self.devices_per_node} or a multiple of "
@@ -141,12 +143,7 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
         raise ValueError(
             f"cluster={text!r} is unknown; choose one of {', '.join(cluster_names())}, or give the path of a .toml file"
         )
-    try:
-        return _parse(Path(text).read_text(encoding="utf-8"), text)
-    except OSError as error:
-        raise ValueError(f"{text}: cannot be read ({error.strerror}); give the path of a cluster file") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{text}: is not text; give a cluster file in TOML") from None
+    return _parse(jf.read_text(text, "the path of a cluster file in TOML"), text)
 
 
 def known_peak(device_name: str, dtype: str) -> float | None:
@@ -164,14 +161,13 @@ def known_peak(device_name: str, dtype: str) -> float | None:
 
 
 def _parse(content: str, where: str) -> Cluster:
-    try:
-        document = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{where}: is not TOML ({error}); give a cluster file") from None
+    document = jf.parse_toml(content, where)
     sources: dict[str, str] = {}
     sheet = _Figures(document, "data_sheet", where, sources)
     assumed = _Figures(document, "assumed", where, sources)
-    per_node = jf.as_integer(jf.required(document, "devices_per_node", where), f"{where}: devices_per_node", 1)
+    per_node = jf.as_integer(
+        jf.required(document, "devices_per_node", where), f"{where}: devices_per_node", 1, MOST_DEVICES
+    )
     figures = {name: sheet.number(name) for name in DATA_SHEET}
     figures |= {name: assumed.number(name) for name in SHARES}
     figures |= {name: assumed.number(name, positive=False) for name in COSTS}
@@ -180,7 +176,7 @@ def _parse(content: str, where: str) -> Cluster:
             name=jf.as_string(jf.required(document, "name", where), f"{where}: name"),
             device=jf.as_string(jf.required(document, "device", where), f"{where}: device"),
             devices_per_node=per_node,
-            num_devices=jf.as_integer(document.get("num_devices", per_node), f"{where}: num_devices", 1),
+            num_devices=jf.as_integer(document.get("num_devices", per_node), f"{where}: num_devices", 1, MOST_DEVICES),
             link_topology=jf.as_string(document.get("link_topology", "switch"), f"{where}: link_topology"),
             device_names=tuple(
                 jf.as_string(name, f"{where}: device_names")

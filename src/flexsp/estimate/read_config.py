@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "num_heads")
 WIDTH = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+MOST_SIZE, MOST_LAYERS = 1 << 24, 1 << 14
+"""More are a slip of the keyboard: layers are counted one by one."""
 CHOSEN = ("num_experts_per_tok", "moe_top_k", "top_k")
 
 
@@ -25,7 +28,7 @@ def load_model_shape(path: str | Path) -> ModelShape:
         ValueError: the file cannot be read, or a field is missing or wrong; the message names both.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / "config.json"
     document = jf.read_object(path)
     # A directory is named by the model, a config.json by its directory, another file by itself.
@@ -64,9 +67,11 @@ def model_shape(config: Mapping[str, Any], where: str = "model config") -> Model
     hidden, heads = fields.size(HIDDEN), fields.size(HEADS)
     kv_heads = _kv_heads(fields, model_type, heads)
     head_dim = fields.size("head_dim", family.head_dim or 0) or hidden // heads
+    if head_dim == 0:
+        raise ValueError(f"{where}: hidden_size={hidden} must be at least num_attention_heads={heads}; correct one")
     if heads % kv_heads:
         raise ValueError(f"{where}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}; correct it")
-    layers = fields.size(LAYERS)
+    layers = fields.size(LAYERS, most=MOST_LAYERS)
     vocab = fields.size("vocab_size")
     norm = (2 if family.layer_norm else 1) * hidden if family.norm_weights else 0
     positions = fields.size(family.positions) + family.extra_positions if family.positions else 0
@@ -147,9 +152,8 @@ def _experts(fields: _Fields, hidden: int, layers: int) -> dict[str, Any]:
     shared = fields.size("shared_expert_intermediate_size", 0, least=0)
     shared = shared or width * fields.size("n_shared_experts", 0, least=0)
     dense = set(range(fields.size("first_k_dense_replace", 0, least=0)))
-    dense |= {
-        jf.as_integer(i, f"{fields.where}: mlp_only_layers", 0) for i in fields.values.get("mlp_only_layers") or ()
-    }
+    where = f"{fields.where}: mlp_only_layers"
+    dense |= {jf.as_integer(i, where, 0) for i in jf.as_list(fields.values.get("mlp_only_layers") or [], where)}
     step = fields.size("decoder_sparse_step", 1)
     dense |= {i for i in range(layers) if (i + 1) % step}
     chosen = fields.size(CHOSEN)
@@ -174,8 +178,10 @@ class _Fields:
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
 
-    def size(self, names: str | tuple[str, ...], default: int | None = None, least: int = 1) -> int:
-        """A positive integer; `default` where none of the names is there."""
+    def size(
+        self, names: str | tuple[str, ...], default: int | None = None, least: int = 1, most: int = MOST_SIZE
+    ) -> int:
+        """A positive integer up to `most`; `default` where none of the names is there."""
         name = self._name(names)
         if name is None:
             if default is None:
@@ -184,14 +190,14 @@ class _Fields:
                     f"{self.where}: the field {first!r} is missing; give the config.json of a causal model"
                 )
             return default
-        return jf.as_integer(self.values[name], f"{self.where}: {name}", least)
+        return jf.as_integer(self.values[name], f"{self.where}: {name}", least, most)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.values.get(name)
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ValueError(f"{self.where}: {name}={value!r} must be true or false; correct it")
+            raise ValueError(f"{self.where}: {name}={jf.short(value)} must be true or false; correct it")
         return value
 
     def text(self, names: str | tuple[str, ...], default: str) -> str:

@@ -58,7 +58,16 @@ def plan(lengths: Lengths, profile: Profile, planner: str = "flex", **options: A
     for name in options:
         if name not in accepted and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
             raise ValueError(f"planner={planner!r} has no option {name!r}; it has {sorted(set(accepted) - _COMMON)}")
-    return function(as_lengths(lengths), profile, **options)
+    if planner in PLANNERS:
+        return function(as_lengths(lengths), profile, **options)
+    try:
+        found = function(as_lengths(lengths), profile, **options)
+    except Exception as error:  # of the user's own code
+        said = " ".join(str(error).split())
+        raise ValueError(f"planner={planner!r} failed ({type(error).__name__}: {said}); correct it") from error
+    if not isinstance(found, Plan):
+        raise ValueError(f"planner={planner!r} returned {type(found).__name__} instead of a flexsp.Plan; return a Plan")
+    return found
 
 
 _COMMON = {"lengths", "profile"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
+from flexsp import jsonfields as jf
 from flexsp.lengths import LengthArray
 from flexsp.plans import MicroBatch, Plan
 from flexsp.profile import Profile
@@ -23,23 +24,24 @@ def read_plan_log(path: str | Path) -> dict[int, Plan]:
         ValueError: the file cannot be read, or a row is no plan of a step.
     """
     path = Path(path)
-    file = path / FILE if path.is_dir() else path
+    file = path / FILE if os.path.isdir(path) else path
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # a kill may have torn a row in the middle of a character
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); give the {FILE} of a run, or its folder") from None
     plans: dict[int, Plan] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = jf.parse(line, f"{file}:{number}")
+        except ValueError:
             if number == len(lines) or not line.rstrip().endswith("}"):
                 continue
-            raise ValueError(f"{file}:{number}: is not JSON ({error}); give the {FILE} of a run") from None
-        step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(row.get("plan"), dict):
+            raise
+        step, plan = (row.get("step"), row.get("plan")) if isinstance(row, dict) else (None, None)
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0 or not isinstance(plan, dict):
             raise ValueError(f"{file}:{number}: must be an object of 'step' and 'plan'; give the {FILE} of a run")
-        plans[step] = Plan.from_json(row["plan"], f"{file}:{number}")
+        plans[jf.as_integer(step, f"{file}:{number}: step", 0)] = Plan.from_json(plan, f"{file}:{number}")
     return plans
 
 

@@ -3,6 +3,7 @@
     checkpoints/step-00000040/       after 40 steps
         state.json                   step, config, versions, learning rates, what was learned of the profile
         .metadata  *.distcp          weights, optimizer, random numbers (torch.distributed.checkpoint)
+        *.sha256                     digests of all of them
     checkpoints/step-00000060.part/  one that is being written, or that a kill left: never read, removed at a start
 
 Weights and optimizer are saved by name and sliced anew when they are loaded, so any number of ranks can go on from
@@ -35,13 +36,14 @@ import flexsp
 from flexsp import jsonfields as jf
 from flexsp.profile import Profile
 from flexsp.train.config import Config
+from flexsp.train.digests import STATE, write_digests
 from flexsp.train.roll_call import failed_collective
-from flexsp.train.safe_load import SafeLoadPlanner, SafeReader
+from flexsp.train.safe_load import DigestWriter, SafeLoadPlanner, SafeReader
 
 log = logging.getLogger(__name__)
 
 FORMAT = "flexsp-checkpoint/1"
-FOLDER, STATE, PART = "checkpoints", "state.json", ".part"
+FOLDER, PART = "checkpoints", ".part"
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 """By parameter, not by position: on another number of ranks the positions mean the same, but nobody could tell."""
 
@@ -114,11 +116,11 @@ class Checkpoints:
         future: Future[Any] = Future()
         try:
             if self._config.checkpoint.asynchronous:
-                begun = async_save(tensors, checkpoint_id=part, process_group=self._writers)
+                begun = async_save(tensors, storage_writer=DigestWriter(part), process_group=self._writers)
                 assert isinstance(begun, Future)
                 future = begun
             else:
-                future.set_result(save(tensors, checkpoint_id=part, process_group=self._writers))
+                future.set_result(save(tensors, storage_writer=DigestWriter(part), process_group=self._writers))
         except (Exception, CheckpointException) as caught:  # of this rank, perhaps alone: `finish` tells the others
             future.set_exception(caught)
         self._writing = steps, future
@@ -151,6 +153,7 @@ class Checkpoints:
         if dist.get_rank() != 0 or not part.exists():
             return ""
         try:
+            write_digests(part, (".metadata", STATE), "state")
             os.replace(part, final)
         except OSError as error:
             return str(error)

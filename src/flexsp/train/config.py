@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NewType, get_args, get_type_hints
 
+from flexsp import jsonfields as jf
 from flexsp.data.options import DataOptions
 from flexsp.lengths import parse_tokens
 
@@ -205,6 +207,7 @@ LEAST = {
     "data.max_length": 2,
     "data.workers": 0,
     "planner.max_tokens_per_rank": 0,
+    "planner.sp_degrees": 1,
     "planner.plan_ahead": 1,
     "train.steps": 0,
     "train.batch_size": 1,
@@ -225,7 +228,11 @@ LEAST = {
     "eval.batch_size": 0,
     "eval.batches": 0,
 }
-MOST = {"planner.memory_fraction": 1}
+MOST = {
+    "planner.memory_fraction": 1,
+    "planner.timeout_s": 1e7,
+    "run.timeout_s": 1e7,
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -234,12 +241,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: the file cannot be read, a section or key is unknown, or a value is of the wrong type or range.
     """
-    try:
-        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not TOML ({error}); correct the line") from None
+    document = jf.parse_toml(jf.read_text(path, "a TOML file"), str(path))
     for keys, value in _flags(overrides):
         _set(document, keys, value)
     return parse_config(document, str(path))
@@ -249,12 +251,13 @@ def parse_config(document: Mapping[str, Any], where: str = "config") -> Config:
     """The Config of a document of sections."""
     unknown = sorted(set(document) - set(SECTIONS))
     if unknown:
-        raise ValueError(f"{where}: section [{unknown[0]}] is unknown; the sections are {', '.join(SECTIONS)}")
+        raise ValueError(f"{where}: section [{unknown[0][:60]}] is unknown; the sections are {', '.join(SECTIONS)}")
     config = Config(**{name: _section(name, document.get(name, {}), where) for name in SECTIONS})
-    if bool(config.model.path) == bool(config.model.config):
+    path, model = config.model.path, config.model.config
+    if bool(path) == bool(model):
         raise ValueError(
-            f"{where}: model.path={config.model.path!r} and model.config={config.model.config!r}: give exactly one of "
-            f"the two, a directory to start from or a config to build"
+            f"{where}: model.path={jf.short(path)} and model.config={jf.short(model)}: give exactly one of the two, a "
+            f"directory to start from or a config to build"
         )
     if config.eval.every and not (config.data.held_out or config.eval.source):
         raise ValueError(
@@ -267,12 +270,12 @@ def parse_config(document: Mapping[str, Any], where: str = "config") -> Config:
 def _section(name: str, values: Any, where: str) -> Any:
     kind = SECTIONS[name]
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: {name}={values!r} must be a section; write [{name}]")
+        raise ValueError(f"{where}: {name}={jf.short(values)} must be a section; write [{name}]")
     known = [entry.name for entry in fields(kind)]
     hints = get_type_hints(kind)
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: {name}.{key} is unknown; the keys of [{name}] are {', '.join(known)}")
+            raise ValueError(f"{where}: {name}.{key[:60]} is unknown; the keys of [{name}] are {', '.join(known)}")
     return kind(**{key: _value(value, hints[key], f"{name}.{key}", where) for key, value in values.items()})
 
 
@@ -280,24 +283,39 @@ def _value(value: Any, hint: Any, key: str, where: str) -> Any:
     if hint is Tokens and not value == 0:
         value = Tokens(parse_tokens(value, f"{where}: {key}"))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= jf.MOST_INTEGER else math.inf
+    _check_plain(value, f"{where}: {key}")
     expected = int if hint is Tokens else getattr(hint, "__origin__", hint)
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ValueError(f"{where}: {key}={value!r} must be of type {expected.__name__}; correct it")
+        raise ValueError(f"{where}: {key}={jf.short(value)} must be of type {expected.__name__}; correct it")
     if isinstance(value, list):
         (inner,) = get_args(hint)
         if not all(isinstance(item, inner) and not isinstance(item, bool) for item in value):
             kind = "integers" if inner is int else "names"
-            raise ValueError(f"{where}: {key}={value!r} must be a list of {kind}; correct it")
+            raise ValueError(f"{where}: {key}={jf.short(value)} must be a list of {kind}; correct it")
     for item in value if isinstance(value, list) else [value]:
         if key in CHOICES and item not in CHOICES[key]:
             choices = ", ".join(choice or "''" for choice in CHOICES[key])
-            raise ValueError(f"{where}: {key}={item!r} must be one of {choices}; correct it")
-    if key in LEAST and value < LEAST[key]:
-        raise ValueError(f"{where}: {key}={value} must be at least {LEAST[key]}; correct it")
-    if key in MOST and value > MOST[key]:
-        raise ValueError(f"{where}: {key}={value} must be at most {MOST[key]}; correct it")
+            raise ValueError(f"{where}: {key}={jf.short(item)} must be one of {choices}; correct it")
+        if key in LEAST and item < LEAST[key]:
+            raise ValueError(f"{where}: {key}={item} must be at least {LEAST[key]}; correct it")
+        if key in MOST and item > MOST[key]:
+            raise ValueError(f"{where}: {key}={item} must be at most {MOST[key]}; correct it")
     return value
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuses what a checkpoint could not say in JSON: dates and times, NaN, and numbers beyond 64 bits."""
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            _check_plain(inner, f"{where}.{key}")
+    elif isinstance(value, float) and not abs(value) <= jf.MOST:  # nor is NaN
+        raise ValueError(f"{where}={value} must be a finite number, up to {jf.MOST:g}; correct it")
+    elif isinstance(value, int) and abs(value) > jf.MOST_INTEGER:
+        raise ValueError(f"{where}={jf.short(value)} must be a number of 64 bits; correct it")
+    elif not isinstance(value, str | int | float):
+        raise ValueError(f"{where}={value!s:.60} must be text, a number, true or false, or a list of them; correct it")
 
 
 def _flags(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
@@ -307,10 +325,10 @@ def _flags(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
         flag = rest.pop(0)
         name, equals, text = flag.partition("=")
         if not name.startswith("--") or "." not in name:
-            raise ValueError(f"flag {flag!r} is unknown; override a key of the config by --section.key value")
+            raise ValueError(f"flag {jf.short(flag)} is unknown; override a key of the config by --section.key value")
         if not equals:
             if not rest:
-                raise ValueError(f"flag {flag!r} has no value; write {flag} VALUE")
+                raise ValueError(f"flag {jf.short(flag)} has no value; write {flag[:60]} VALUE")
             text = rest.pop(0)
         keys = name[2:].split(".")
         parsed.append((keys, _flag_value(keys, text)))

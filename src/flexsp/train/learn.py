@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def go_on(started_from: Profile, folder: Path, correct: bool, saved: Profile | N
         correct: whether times are corrected; else only the memory estimate is taken over.
     """
     path = folder / FILE
-    learned = Profile.load(path) if path.exists() else saved
+    learned = Profile.load(path) if os.path.exists(path) else saved
     if learned is None or (learned is saved and STARTED_FROM not in learned.provenance):
         return started_from
     where = "the checkpoint" if learned is saved else str(path)

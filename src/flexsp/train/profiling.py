@@ -147,8 +147,8 @@ def _probe_tokens(
 
 def _check_writable(output: Path) -> None:
     """Refuses what could not be saved, before anything is measured."""
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    folder = next(parent for parent in output.absolute().parents if os.path.exists(parent))
+    if os.path.isdir(output) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ValueError(f"--output={output} cannot be written; give a file in a folder that can be")
 
 

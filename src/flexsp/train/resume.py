@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from flexsp import jsonfields as jf
 from flexsp.data import TokenStore
 from flexsp.profile import Profile
-from flexsp.train.checkpoint import FORMAT, STATE, saved_checkpoints, steps_of
+from flexsp.train.checkpoint import FORMAT, saved_checkpoints, steps_of
 from flexsp.train.config import Config
+from flexsp.train.digests import STATE
 
 DECIDES_WEIGHTS = ("model", "data", "train")
 """Sections that must be the same when a run goes on; plans, folders and times may differ."""
@@ -62,7 +64,7 @@ def find_start(config: Config) -> Start | None:
     if resume == "auto":
         return _read(saved[-1], config, DECIDES_WEIGHTS) if saved else None
     path = Path(resume)
-    if not (path / STATE).is_file() or steps_of(path) < 0:
+    if not os.path.isfile(path / STATE) or steps_of(path) < 0:
         raise ValueError(
             f"checkpoint.resume={resume!r} must be 'auto', 'never' or the path of a checkpoint, a folder "
             f"step-... that holds {STATE}; there is none at that path"
@@ -108,7 +110,7 @@ def _read(path: Path, config: Config, sections: tuple[str, ...]) -> Start:
     state = jf.read_object(path / STATE)
     found = jf.required(state, "format", where)
     if found != FORMAT:
-        raise ValueError(f"{where}: format={found!r} must be {FORMAT!r}; give a checkpoint of this version")
+        raise ValueError(f"{where}: format={jf.short(found)} must be {FORMAT!r}; give a checkpoint of this version")
     steps = jf.as_integer(jf.required(state, "step", where), f"{where}: step", 0)
     if steps != steps_of(path):
         raise ValueError(f"{where}: step={steps} is not the {steps_of(path)} of its folder's name; restore it")

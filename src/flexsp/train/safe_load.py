@@ -1,21 +1,29 @@
-"""Reading what torch.distributed.checkpoint wrote as data: nothing in a file is executed.
+"""Writing with digests, and reading what torch.distributed.checkpoint wrote as data: nothing in a file is executed.
 
 torch reads tensors with `weights_only`, but unpickles the list of what there is (`.metadata`) and every value that is
 no tensor without it, and a pickle may call anything. Here the list may name the classes that such lists are made of,
-and no more; the values are read with `weights_only`.
+and no more; the values are read with `weights_only`. Files are compared with the digests that were written beside them,
+and the list may name no file outside the folder.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from flexsp.train.digests import STATE, check_digests, write_digests
 
 MODULES = (
     "torch.distributed.checkpoint.metadata",
@@ -32,6 +40,18 @@ NAMES = {
     ("pathlib._local", "PosixPath"),
 }
 """Beside the classes of `MODULES`, and torch's dtypes."""
+PLAIN = re.compile(r"[A-Za-z0-9_]+\.distcp")
+"""Names of files of tensors: no path leads out of the folder."""
+
+
+class DigestWriter(_FileSystemWriter):
+    """`FileSystemWriter` that writes the digests of a rank's files beside them, where it writes: not in the step."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        future = super().write_data(plan, planner)
+        names = {result.storage_data.relative_path for result in future.wait()}
+        write_digests(Path(self.path), names, f"__{dist.get_rank()}")
+        return future
 
 
 class SafeReader(FileSystemReader):
@@ -42,9 +62,20 @@ class SafeReader(FileSystemReader):
             metadata = _Unpickler(stream).load()
         if not isinstance(metadata, Metadata):
             raise ValueError(f".metadata holds {type(metadata).__name__} instead of Metadata")
+        for info in metadata.storage_data.values():
+            if not isinstance(info, _StorageInfo) or not PLAIN.fullmatch(str(info.relative_path)):
+                raise ValueError(
+                    f".metadata names {getattr(info, 'relative_path', info)!r:.80}, no file of the checkpoint"
+                )
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Compares the digests of this rank's share of the files; torch tells all ranks what one raises here."""
+        needed = {".metadata", STATE, *(info.relative_path for info in metadata.storage_data.values())}
+        check_digests(Path(self.path), sorted(needed), dist.get_rank(), dist.get_world_size())
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
 
 
 class SafeLoadPlanner(DefaultLoadPlanner):

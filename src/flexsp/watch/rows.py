@@ -22,16 +22,24 @@ def last_rows(path: Path, keys: Container[str] | None = None) -> dict[int, dict[
     Args:
         path: a file with a row a step.
         keys: what to keep of a row; None: all. A long run has many.
+
+    Raises:
+        ValueError: it cannot be read, or a row is of no step.
     """
     rows: dict[int, dict[str, Any]] = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            step = int(row["step"])
-            rows[step] = row if keys is None else {key: value for key, value in row.items() if key in keys}
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                where = f"{path}:{number}"
+                row = jf.as_object(row, where)
+                step = jf.as_integer(jf.required(row, "step", where), f"{where}: step", 0)
+                rows[step] = row if keys is None else {key: value for key, value in row.items() if key in keys}
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a file that a run wrote") from None
     return rows
 
 
@@ -51,12 +59,7 @@ def read_run(path: str | Path) -> dict[int, dict[str, Any]]:
         ValueError: it cannot be read, has no row, or a row is not of a run.
     """
     file = Path(path) / METRICS if Path(path).is_dir() else Path(path)
-    try:
-        rows = last_rows(file)
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror}); give a run's folder or its {METRICS}") from None
-    except (UnicodeDecodeError, KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{file}: has a line that is no row of a run, with a step; give a {METRICS}") from None
+    rows = last_rows(file)
     if not rows:
         raise ValueError(f"{file}: there is no row in it yet; wait for the first step")
     for step, row in rows.items():
