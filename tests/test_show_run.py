@@ -66,8 +66,8 @@ def test_a_picture_has_the_values_of_the_rows(shown, tmp_path):
     ("rows", "arguments", "message"),
     [
         ([], [], "there is no row in it yet; wait for the first step"),
-        (["[1, 2]\n"], [], "has a line that is no row of a run"),
-        (['{"loss": 1.0}\n'], [], "has a line that is no row of a run"),
+        (["[1, 2]\n"], [], "metrics.jsonl:1=[1, 2] must be a JSON object"),
+        (['{"loss": 1.0}\n'], [], "metrics.jsonl:1: the field 'step' is missing"),
         ([row(3, loss="low")], [], "step 3: loss='low' must be a number; restore the row"),
         ([row(3, micro_batches=[["a"]])], [], "step 3: micro_batches='a' must be a number"),
         ([row(3, micro_batch_s=[1.0])], [], "must have an entry for each micro-batch alike"),

@@ -91,7 +91,7 @@ class FlagsKind:
         if any(each.startswith("/dev/") for each in argv) and "--output" in argv and name == "simulate":
             argv = [name]  # a folder beside it would be made in /dev
         with (
-            patch("flexsp.train.run.train", lambda config, display: None),
+            patch("flexsp.train.run.train", lambda config, display, guard: None),
             patch("flexsp.train.profiling.profile_model", _checked_profile),
             patch("flexsp.train.verify.verify_model", _checked_verify),
         ):
@@ -168,10 +168,10 @@ def _checked_profile(request: Any) -> int:
         return _status(profile_model, request)
 
 
-def _checked_verify(request: Any) -> int:
+def _checked_verify(request: Any, say: Any) -> int:
     """`verify_model` up to where it joins the ranks."""
     with patch("flexsp.train.verify.joined_ranks", _reached):
-        return _status(verify_model, request)
+        return _status(lambda asked: verify_model(asked, say), request)
 
 
 class _Reached(Exception):

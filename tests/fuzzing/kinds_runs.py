@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 import checkpoint_ranks as do
 from flexsp.batches import Overlong
-from flexsp.data import apply_context_limit, open_corpus
+from flexsp.data import DataOptions, apply_context_limit, open_corpus
 from flexsp.profile import Profile
 from flexsp.train.checkpoint import FOLDER, Checkpoints, load_checkpoint
 from flexsp.train.digests import STATE, SUFFIX, write_digests
 from flexsp.train.learn import FILE, STARTED_FROM, go_on, profile_sha256
-from flexsp.train.records import last_rows
 from flexsp.train.resume import find_start
+from flexsp.watch.rows import last_rows
 from fuzzing import mutate, schema
 from fuzzing.attempt import Broken, Refused, Tried, expect, library, written
 from fuzzing.kinds_documents import fault_of, json_input, rich_profile
@@ -44,8 +44,9 @@ class CorpusKind:
         if random.random() < 0.3:
             data, more = mutate.raw(data, random)
             what, expected = f"{what}; {more}", None
-        path = written(self.folder / f"rows{suffix}", data)
-        found = library(lambda: _all_of(str(path)), (str(path),))
+        path, cache = written(self.folder / f"rows{suffix}", data), self.folder / "cache"
+        found = library(lambda: _all_of(str(path), cache), (str(path),))
+        shutil.rmtree(cache, ignore_errors=True)
         refused = isinstance(found, Refused)
         if expected == "refuse" and not refused:
             raise Broken(f"accepted: {what}")
@@ -54,9 +55,9 @@ class CorpusKind:
         return Tried(not refused, what)
 
 
-def _all_of(path: str) -> list[list[int]]:
+def _all_of(path: str, cache: Path) -> list[list[int]]:
     """The tokens of each document."""
-    corpus = open_corpus(path)
+    corpus = open_corpus(path, DataOptions(cache_dir=str(cache)))
     sequences, _ = apply_context_limit(corpus, 1 << 20, Overlong.ERROR)
     found = []
     for document, length in enumerate(sequences.corpus.lengths):

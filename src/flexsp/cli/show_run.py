@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from rich import box
@@ -19,7 +20,7 @@ MOST_SHAPES = 12
 
 def is_run(path: str) -> bool:
     """Whether this names a run and not a profile."""
-    return Path(path).is_dir() or Path(path).name.endswith(".jsonl")
+    return os.path.isdir(path) or Path(path).name.endswith(".jsonl")
 
 
 def show_run(path: str, picture: str | None) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flexsp import jsonfields as jf
 from flexsp.data.chat import Chats
 from flexsp.data.options import DataOptions
 from flexsp.data.packing import IntArray
@@ -142,7 +143,9 @@ def choose_encoder(options: DataOptions, columns: Sequence[str] | None, where: s
     column = options.text or options.messages
     if column and column not in columns:
         key = "text" if options.text else "messages"
-        raise ValueError(f"{where}: data.{key}={column!r}: there is no such column; it has {sorted(columns)}; name one")
+        raise ValueError(
+            f"{where}: data.{key}={column!r}: there is no such column; it has {jf.short(sorted(columns))}; name one"
+        )
     if not column:
         column = _column(options, columns, where)
     if column == IDS:
@@ -171,7 +174,7 @@ def _column(options: DataOptions, columns: Sequence[str], where: str) -> str:
     if IDS in columns:
         return IDS
     raise ValueError(
-        f"{where}: there is no column 'input_ids', 'text' or 'messages'; it has {sorted(columns)}; name the column by "
+        f"{where}: there is no column 'input_ids', 'text' or 'messages'; it has {jf.short(sorted(columns))}; name the column by "
         f"data.text or data.messages"
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from flexsp.data.encode import Encoder, choose_encoder
@@ -70,7 +69,7 @@ def _load(name: str, options: DataOptions) -> Any:
         if name.startswith(HUB):
             found = datasets.load_dataset(name.removeprefix(HUB), options.subset or None, split=options.split or None)
         else:
-            found = datasets.load_from_disk(str(Path(name).expanduser()))
+            found = datasets.load_from_disk(os.path.expanduser(name))
     except Exception as error:  # of the hub, of builders, of the file system
         said = " ".join(str(error).split())[:300]
         raise ValueError(

@@ -56,7 +56,7 @@ class Recipe:
 
     @property
     def cache(self) -> Path:
-        return Path(self.options.cache_dir).expanduser()
+        return Path(os.path.expanduser(self.options.cache_dir))
 
     @cached_property
     def source(self) -> Source:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from flexsp import jsonfields as jf
 from flexsp.data.packing import IGNORE_INDEX, IntArray
 
 Made = TypeVar("Made")
@@ -74,7 +75,8 @@ def cell(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column, which must be there."""
     if column not in row:
         raise BadRow(
-            Reason.COLUMN, f"there is no column {column!r}; it has {sorted(row)}; give the tokens or name them so"
+            Reason.COLUMN,
+            f"there is no column {column!r}; it has {jf.short(sorted(row))}; give the tokens or name them so",
         )
     if row[column] is None:
         raise BadRow(Reason.NULL, f"{column} has a null; give one in every row")

@@ -138,7 +138,8 @@ def readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror or error}); correct data.source") from None
+        said = " ".join((error.strerror or str(error)).split())  # pyarrow's have several lines
+        raise ValueError(f"{name}: cannot be read ({said}); correct data.source") from None
 
 
 def _grouped(scanned: Sequence[tuple[File, Stat, Sequence[Part]]]) -> Iterator[Piece]:
@@ -168,19 +169,21 @@ def find_source(name: str, options: DataOptions) -> Source:
     """
     if name == PYTHON_STDLIB:
         return Files(name, f"{name} {sysconfig.get_path('stdlib')}", _standard_library(), raw=True)
-    path = Path(name).expanduser()
-    saved = path.is_dir() and any((path / each).is_file() for each in ("dataset_info.json", "dataset_dict.json"))
+    path = Path(os.path.expanduser(name))
+    saved = os.path.isdir(path) and any(
+        os.path.isfile(path / each) for each in ("dataset_info.json", "dataset_dict.json")
+    )
     if name.startswith(HUB) or saved:
         from flexsp.data.hub import HubSet
 
         return HubSet(name, options)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = _in_folder(name, path, options.pattern)
     elif any(sign in name for sign in "*?["):
         found = [File(each, each) for each in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(each)]
     elif path.suffix in FORMATS:
         found = [File(name, str(path))]
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"{name}: cannot be read (there is no such file); give a file of rows")
     else:
         raise ValueError(
@@ -205,7 +208,7 @@ def _standard_library() -> list[File]:
 def _in_folder(name: str, folder: Path, pattern: str) -> list[File]:
     def matching(each: str) -> list[str]:
         found = glob.glob(each, root_dir=folder, recursive=True)
-        return [path for path in found if (folder / path).is_file()]
+        return [path for path in found if os.path.isfile(folder / path)]
 
     if pattern:
         paths = matching(pattern)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,12 @@ def refused(error: Exception) -> BadRow:
 
 def has_tokenizer(folder: str) -> bool:
     """Whether a model's folder holds a tokenizer too."""
-    return bool(folder) and any((Path(folder) / name).is_file() for name in FILES)
+    return bool(folder) and any(os.path.isfile(Path(folder) / name) for name in FILES)
 
 
 def _load(path: str) -> Any:
-    place = Path(path).expanduser()
-    if not place.exists():
+    place = Path(os.path.expanduser(path))
+    if not os.path.exists(place):
         raise ValueError(
             f"data.tokenizer={path!r} must be 'bytes', a folder with a tokenizer or a tokenizer.json; there is no such "
             f"path"
@@ -113,7 +114,7 @@ def _load(path: str) -> Any:
             f"data.tokenizer={path!r}: tokenizers need transformers; pip install 'flexsp[train]'"
         ) from None
     try:
-        if place.is_dir():
+        if os.path.isdir(place):
             return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
         return PreTrainedTokenizerFast(tokenizer_file=str(place))
     except Exception as error:  # of many kinds: the tokenizers package raises bare ones

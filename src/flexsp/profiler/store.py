@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ def profile_path(folder: str | Path, model: PreTrainedModel, settings: Mapping[s
         "settings": dict(settings),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return Path(folder).expanduser() / f"{model.config.model_type}-{world_size}x{device.type}-{digest}.json"
+    return Path(os.path.expanduser(folder)) / f"{model.config.model_type}-{world_size}x{device.type}-{digest}.json"
 
 
 def load_or_measure(path: Path, measure: Callable[[], Profile], control: dist.ProcessGroup) -> Profile:

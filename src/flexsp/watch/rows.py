@@ -7,6 +7,7 @@ counts: it tells of the weights that live on.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def read_run(path: str | Path) -> dict[int, dict[str, Any]]:
     Raises:
         ValueError: it cannot be read, has no row, or a row is not of a run.
     """
-    file = Path(path) / METRICS if Path(path).is_dir() else Path(path)
+    file = Path(path) / METRICS if os.path.isdir(path) else Path(path)
     rows = last_rows(file)
     if not rows:
         raise ValueError(f"{file}: there is no row in it yet; wait for the first step")
