@@ -174,8 +174,8 @@ def _column(options: DataOptions, columns: Sequence[str], where: str) -> str:
     if IDS in columns:
         return IDS
     raise ValueError(
-        f"{where}: there is no column 'input_ids', 'text' or 'messages'; it has {jf.short(sorted(columns))}; name the column by "
-        f"data.text or data.messages"
+        f"{where}: there is no column 'input_ids', 'text' or 'messages'; it has {jf.short(sorted(columns))}; name the "
+        f"column by data.text or data.messages"
     )
 
 

@@ -74,10 +74,8 @@ def attempt(make: Callable[[Given], Made], row: Given | BadRow) -> Made | BadRow
 def cell(row: Mapping[str, Any], column: str) -> Any:
     """The value of a column, which must be there."""
     if column not in row:
-        raise BadRow(
-            Reason.COLUMN,
-            f"there is no column {column!r}; it has {jf.short(sorted(row))}; give the tokens or name them so",
-        )
+        there = jf.short(sorted(row))
+        raise BadRow(Reason.COLUMN, f"there is no column {column!r}; it has {there}; give the tokens or name them so")
     if row[column] is None:
         raise BadRow(Reason.NULL, f"{column} has a null; give one in every row")
     return row[column]
