@@ -184,6 +184,7 @@ def test_a_full_disk_and_a_folder_that_cannot_be_written_are_one_line(tmp_path, 
         opened(path, cache="file/x")
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_files_and_find_the_same_wrong(tmp_path, opened):
     small_tokenizers.byte_pairs(tmp_path / "bpe")
     path = tmp_path / "text.jsonl"
@@ -222,6 +223,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_gone_on_with_by_whoever_waits(tmp_path, opened):
     """SIGKILL to the builder in the middle: its workers end, the one that waits takes over, nothing is made twice."""
     rows = ROWS * 3

@@ -8,10 +8,13 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from test_no_hang import Launcher
 
 CONFIG = """
 [model]
@@ -57,6 +60,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     (saved,) = (folder / "profiles").iterdir()
     (folder / "four.json").write_text(saved.read_text())
     return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def launcher(run: tuple[Path, str]) -> Iterator[Launcher]:
+    """Starts further runs in the folder of the first one, without torchrun's start."""
+    made = Launcher(run[0])
+    yield made
+    made.close()
 
 
 def test_metrics_have_a_line_a_step_and_the_loss_falls(run):
@@ -248,16 +259,19 @@ def test_rows_with_masked_labels_train(run):
         (["--planner.sp_degrees", "[1, 3]"], "sp_degree=3 is not between 1 and world_size=2"),
         (["--model.config.attention_dropout", "0.1"], "dropout makes loss and gradients depend on the plan"),
         (["--model.config.vocab_size", "100"], "is beyond vocab_size=100"),
-        (["--planner.name", "best"], "planner='best' is unknown"),
         (["--watch.wandb", "project"], "watch.wandb='project' needs wandb; pip install wandb"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(run, flags, message):
-    folder, _ = run
+def test_bad_input_is_one_line_and_status_2(run, launcher, flags, message):
     base = ["--run.dir", "bad", "--run.compare_batches", "0", "--planner.max_tokens_per_rank", "1K"]
-    done = train(folder, *base, *flags, world_size=2)
+    ended = launcher.run("none", *base, *flags)
+    assert len(ended.said) == 1 and message in ended.said[0], ended.err[-3000:]
+    assert "Traceback" not in ended.err and ended.statuses == [2, 2]
+
+
+def test_bad_input_under_torchrun_is_one_line_too(run):
+    done = train(run[0], "--run.dir", "bad", "--planner.name", "best", world_size=2)
     ours = [line for line in done.stderr.splitlines() if line.startswith("flexsp train:")]
-    assert len(ours) == 1, done.stderr[-3000:]
-    assert message in ours[0]
+    assert len(ours) == 1 and "planner='best' is unknown" in ours[0], done.stderr[-3000:]
     assert "flexsp/" not in done.stderr  # torchrun adds a traceback of its own, we none
     assert "exitcode  : 2" in done.stderr
