@@ -33,6 +33,7 @@ CONFIG = f"""
 config = {{ model_type = "llama", vocab_size = 256, hidden_size = 48, intermediate_size = 96, num_hidden_layers = 2, num_attention_heads = 12, num_key_value_heads = 12, max_position_embeddings = 512 }}
 [data]
 source = "rows.jsonl"
+cache_dir = "data"
 max_length = 512
 [planner]
 max_tokens_per_rank = 300

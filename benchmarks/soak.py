@@ -39,6 +39,7 @@ CONFIG = f"""
 config = {{ model_type = "llama", vocab_size = 256, hidden_size = 48, intermediate_size = 96, num_hidden_layers = 2, num_attention_heads = 12, num_key_value_heads = 12, max_position_embeddings = 1024 }}
 [data]
 source = "rows.jsonl"
+cache_dir = "data"
 max_length = {LONGEST}
 [planner]
 profile_dir = "profiles"

@@ -29,6 +29,7 @@ CONFIG = """
 config = { model_type = "llama", vocab_size = 256, hidden_size = 32, intermediate_size = 64, num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, max_position_embeddings = 256 }
 [data]
 source = "rows.jsonl"
+cache_dir = "data"
 max_length = 256
 [planner]
 profile = "profile.json"
