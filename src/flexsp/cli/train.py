@@ -10,7 +10,7 @@ def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "train", help="train a model (under torchrun)", description=__doc__
     )
-    parser.add_argument("config", metavar="CONFIG.toml", help="sections [model] [data] [planner] [train] [run]")
+    parser.add_argument("config", metavar="CONFIG.toml", help="its keys: src/flexsp/train/config.py")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
