@@ -314,7 +314,7 @@ def _check_plain(value: Any, where: str) -> None:
         raise ValueError(f"{where}={value} must be a finite number, up to {jf.MOST:g}; correct it")
     elif isinstance(value, int) and abs(value) > jf.MOST_INTEGER:
         raise ValueError(f"{where}={jf.short(value)} must be a number of 64 bits; correct it")
-    elif not isinstance(value, str | int | float):
+    elif value is not None and not isinstance(value, str | int | float):
         raise ValueError(f"{where}={value!s:.60} must be text, a number, true or false, or a list of them; correct it")
 
 
