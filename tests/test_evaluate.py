@@ -226,7 +226,10 @@ def test_plans_are_made_anew_when_memory_turned_out_less(ranks, folder):
 @pytest.mark.parametrize(
     ("planner", "message"),
     [
-        ("slow_planners:raises", r"^evaluation after step 3, batch 0: the planner failed: ArithmeticError: no plan"),
+        (
+            "slow_planners:raises",
+            r"^evaluation after step 3, batch 0: the planner failed: .*ArithmeticError: no plan",
+        ),
         ("slow_planners:dies", r"^evaluation after step 3, batch 0: the planner's process ended with status 3"),
         ("slow_planners:illegal", r"^evaluation after step 3, batch 0: the plan is illegal in 1 ways, the first is: 1"),
     ],

@@ -99,7 +99,9 @@ def test_a_planner_that_fails_is_refused_with_the_reason_and_the_others_go_on():
     planners = ["flex", "slow_planners:raises", "slow_planners:illegal"]
     figures = case_figures(case(), list(simulate([case()], planners, 1, workers=1)), planners)
     assert list(figures.planners) == ["flex", "static"]
-    assert figures.refused["slow_planners:raises"] == "step 0: it raised ArithmeticError: no plan today"
+    assert figures.refused["slow_planners:raises"] == (
+        "step 0: planner='slow_planners:raises' failed (ArithmeticError: no plan today); correct it"
+    )
     assert "sequences are in no group" in figures.refused["slow_planners:illegal"]
 
 
@@ -107,7 +109,10 @@ def test_a_planner_that_fails_is_refused_with_the_reason_and_the_others_go_on():
     ("planner", "reason"),
     [
         ("slow_planners:exits", "it raised SystemExit: 3"),
-        ("slow_planners:nothing", "it returned NoneType instead of a flexsp.Plan; return a Plan"),
+        (
+            "slow_planners:nothing",
+            "planner='slow_planners:nothing' returned NoneType instead of a flexsp.Plan",
+        ),
         ("slow_planners:writes", "plan: lengths_sha256 is not that of these lengths"),
     ],
 )

@@ -255,7 +255,8 @@ def serve() -> None:
             answer = plan(message["lengths"], profile, setup["planner"], **setup["options"]).to_json()
             text = json.dumps(answer)
         except Exception as error:  # whatever a planner raises is the parent's to report
-            text = json.dumps({"error": f"{type(error).__name__}: {error}"})
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            text = json.dumps({"error": f"{kind}{error}"})
         answers.write(text + "\n")
         answers.flush()
 
