@@ -213,6 +213,11 @@ def test_sources_that_cannot_be_read(tmp_path, opened):
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(ValueError, match=r"bad.parquet: is malformed"):
         opened(tmp_path / "bad.parquet")
+    pq.write_table(pa.table({"input_ids": [[1]]}), tmp_path / "name.parquet")
+    named = (tmp_path / "name.parquet").read_bytes()
+    (tmp_path / "name.parquet").write_bytes(named.replace(b"input_ids", b"input_id\xff"))
+    with pytest.raises(ValueError, match=r"name.parquet: is malformed \('utf-8' codec"):
+        opened(tmp_path / "name.parquet")
     with pytest.raises(ValueError, match=r"none.jsonl: cannot be read"):
         opened(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"source='wiki' is unknown"):

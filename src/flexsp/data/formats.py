@@ -136,7 +136,7 @@ class Parquet:
             try:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=range(part.start, part.stop), columns=there):
                     yield arrow_rows(batch)
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"{name}: is malformed ({_line(error)}); write the file again") from None
 
 
@@ -213,7 +213,7 @@ def _parquet(path: str, name: str) -> Any:
         raise ValueError(f"{name}: reading Parquet needs pyarrow; pip install 'flexsp[train]'") from None
     try:
         return parquet.ParquetFile(path, memory_map=True)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter: a column's name
         raise ValueError(f"{name}: is malformed ({_line(error)}); give a Parquet file") from None
 
 
