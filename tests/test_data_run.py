@@ -59,6 +59,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_text_trains_and_what_was_left_out_is_said(folder, trained):
     assert "data: text.jsonl: tokenizing 1 of 1 shards" in trained
     assert "data: text.jsonl: 40 documents" in trained and "1 empty ones left out" in trained
