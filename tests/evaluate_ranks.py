@@ -173,10 +173,14 @@ def config_of(folder: str, name: str, **sections: dict[str, Any]) -> Config:
     return parse_config(document)
 
 
+def unexpected(text: str, status: int) -> None:
+    raise AssertionError(f"status {status}: {text}")
+
+
 def run_training(folder: str, name: str, sections: dict[str, dict[str, Any]]) -> None:
     config = config_of(folder, name, **sections)
     with Display() as display:
-        train(config, display, Guard(Path(config.run.dir), config.run.timeout_s))
+        train(config, display, Guard(Path(config.run.dir), config.run.timeout_s, unexpected))
 
 
 def evaluation_of(config: Config, append: bool = False, seed: int = 0) -> Evaluation:

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import torch
 
@@ -56,6 +56,8 @@ PATIENCE_S = 5.0
 BACKSTOP_S = 10.0
 """By how much longer than a collective a main thread may stay at one place in a step."""
 
+Say = Callable[[str, int], None]
+
 LONGEST = 400
 """Characters of an exception that are said; its traceback has all."""
 
@@ -66,12 +68,14 @@ OF_ALL_RANKS = (CheckpointError, PlanMismatchError, PlannerError, RankError)
 class Guard:
     """Stands over one rank of a run, while inside: its exceptions, SIGTERM, other ranks' word, and standing still."""
 
-    def __init__(self, folder: Path, timeout_s: float) -> None:
+    def __init__(self, folder: Path, timeout_s: float, say: Say) -> None:
         """
         Args:
             folder: of the run; tracebacks go there.
             timeout_s: of collectives.
+            say: is given the line that this rank has to say, and the status that it ends with; from any thread.
         """
+        self._tell = say
         self.place = Place()
         self.stop = StopSignal()
         self._folder, self._timeout_s = folder, timeout_s
@@ -139,10 +143,10 @@ class Guard:
             self._keep(error)
         return status
 
-    def _say(self, text: str, status: int, stream: TextIO | None = None) -> int:
+    def _say(self, text: str, status: int) -> int:
         """One line, unless another rank has the word: its line is waited for then. Returns the status to end with."""
         if self.has_word():
-            print(f"flexsp train: {text}", file=stream or sys.stderr, flush=True)
+            self._tell(text, status)
             self._board.post("said", status)
             self._board.post("alarm", True)
             return status
@@ -269,7 +273,7 @@ class Guard:
     def _stopped(self) -> int:
         if not self._board.is_there and self._rank != 0:
             return 0
-        return self._say(f"stopped by SIGTERM while {self.place.phase}; the same command goes on", 0, sys.stdout)
+        return self._say(f"stopped by SIGTERM while {self.place.phase}; the same command goes on", 0)
 
     def _end(self, how: Callable[[], int]) -> None:
         """In the watching thread: ends the process, unless the main thread is about to, and soon."""

@@ -24,7 +24,7 @@ from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
 from flexsp.train.evaluate import Evaluation, held_out_sequences
 from flexsp.train.export import save_pretrained
-from flexsp.train.failures import Guard
+from flexsp.train.failures import Guard, Say
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
 from flexsp.train.ranks import joined_ranks
@@ -35,15 +35,20 @@ from flexsp.train.watch import Watch
 log = logging.getLogger(__name__)
 
 
-def run_from_config(path: str, overrides: Sequence[str]) -> int:
+def run_from_config(path: str, overrides: Sequence[str], say: Say) -> int:
     """What `flexsp train` does; returns the exit status.
 
+    Args:
+        path: of the TOML file.
+        overrides: dotted flags.
+        say: is given what goes wrong once the ranks are there, in one line and on one of them.
+
     Raises:
-        ValueError: bad configuration; the message is one line. What goes wrong later is said here, once for all ranks.
+        ValueError: bad configuration; the message is one line.
         SystemExit: with the status, where something did.
     """
     config = load_config(path, overrides)
-    with Guard(Path(config.run.dir), config.run.timeout_s) as guard, guard.explaining():
+    with Guard(Path(config.run.dir), config.run.timeout_s, say) as guard, guard.explaining():
         guard.place.at("joining the other ranks")
         with joined_ranks(config.run.timeout_s), guard.explaining(), Display() as display:
             train(config, display, guard)
