@@ -164,3 +164,28 @@ def save_on_a_full_disk(folder: str, full_rank: int) -> str:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return ""
+
+
+def resident_around_a_checkpoint(folder: str, cut_up_bytes: int) -> tuple[int, int]:
+    """Resident bytes before and after a checkpoint has been written, in a heap most of which is free but cut up."""
+    config = config_of(folder, every=40)
+    state = built(config, 0)
+    checkpoints = Checkpoints(config, control())
+    block = 8192  # not the allocator's of Python, and below malloc's own mappings
+    blocks = [bytearray(b"x" * block) for _ in range(cut_up_bytes // block)]
+    kept = blocks[::32]  # which hold every page run apart from the next
+    del blocks
+    before = resident_bytes()
+    checkpoints.after_step(40, *state, profile(4))
+    writing = checkpoints._writing
+    assert writing is not None
+    writing[1].result()
+    checkpoints.after_step(41, *state, profile(4))  # which saves nothing
+    after = resident_bytes()
+    checkpoints.finish()
+    del kept
+    return before, after
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

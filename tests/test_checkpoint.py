@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
@@ -38,6 +39,14 @@ def test_half_a_checkpoint_is_never_taken(ranks, tmp_path):
     last = saved_checkpoints(tmp_path)[-1]
     last.rename(last.with_name(last.name + PART))  # as a kill while writing leaves it
     assert find_start(do.config_of(str(tmp_path))).steps == 1
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's malloc is what keeps freed pages")
+def test_once_it_is_written_freed_memory_goes_back_to_the_system(ranks, tmp_path):
+    """All ranks do so, though nothing is saved in the step in which the writing is found to have ended."""
+    cut_up_bytes = 128 * 2**20
+    for before, after in ranks(2).run(do.resident_around_a_checkpoint, str(tmp_path), cut_up_bytes):
+        assert before - after > cut_up_bytes / 2
 
 
 @pytest.mark.parametrize("full_rank", [0, 1])

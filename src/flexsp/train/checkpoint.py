@@ -37,6 +37,7 @@ from flexsp import jsonfields as jf
 from flexsp.profile import Profile
 from flexsp.train.config import Config
 from flexsp.train.digests import STATE, write_digests
+from flexsp.train.freed import hand_back
 from flexsp.train.roll_call import failed_collective
 from flexsp.train.safe_load import DigestWriter, SafeLoadPlanner, SafeReader
 
@@ -70,6 +71,7 @@ class Checkpoints:
         timeout = datetime.timedelta(seconds=config.run.timeout_s)
         self._writers: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
         self._writing: tuple[int, Future[Any]] | None = None
+        self._handed_back = True
         self._saved = -1
         if dist.get_rank() == 0:
             for left in self._folder.glob(f"step-*{PART}"):
@@ -88,6 +90,7 @@ class Checkpoints:
         """Saves where `[checkpoint] every` says so, and after the last step. `steps`: how many have been done."""
         if self._writing is not None and self._writing[1].done() and self._writing[1].exception() is None:
             self._keep(self._writing[0])  # at once: a kill before the next one must not cost it; `finish` tries again
+            self._hand_back()
         every = self._config.checkpoint.every
         if every and (last or steps == self._config.train.steps or steps % every == 0):
             self.save(steps, model, optimizer, schedule, profile)
@@ -124,6 +127,7 @@ class Checkpoints:
         except (Exception, CheckpointException) as caught:  # of this rank, perhaps alone: `finish` tells the others
             future.set_exception(caught)
         self._writing = steps, future
+        self._handed_back = False
 
     def finish(self) -> None:
         """Waits until what is being written is whole, renames it and removes old ones.
@@ -142,6 +146,7 @@ class Checkpoints:
         self._agree(steps, error)
         self._agree(steps, self._keep(steps))
         self._saved = steps
+        self._hand_back()
 
     def _keep(self, steps: int) -> str:
         """On rank 0, once all ranks have written: gives the checkpoint its name and removes old ones; what failed.
@@ -163,6 +168,12 @@ class Checkpoints:
         except OSError as error:
             log.warning("checkpoint: an old one cannot be removed: %s", error)
         return ""
+
+    def _hand_back(self) -> None:
+        """What was copied to be written has been freed; the system gets it, once."""
+        if not self._handed_back:
+            hand_back()
+            self._handed_back = True
 
     def loaded(self, steps: int) -> None:
         """The run goes on after so many `steps` from a checkpoint in its folder, which need not be saved again."""
