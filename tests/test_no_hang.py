@@ -6,6 +6,7 @@ torchrun does; those marked slow, and SIGTERM, by torchrun itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -340,6 +341,33 @@ def test_a_rank_of_torchrun_that_is_killed_is_named_once(folder):
     assert len(said) == 1, err[-3000:]
     assert re.search(r"step \d+: rank 1 ended without a word .*; found by rank 0 \(step \d+, .*\)", said[0])
     assert "flexsp/" not in err
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_is_killed_save_and_end(folder):
+    """They would train on, watched by nobody, while the same command is started again in the same folder."""
+    child = torchrun(folder, "--run.dir", "out-orphans", "--train.steps", "100000", "--checkpoint.every", "100000")
+    started, out = folder / "out-orphans", ""
+    try:
+        until = time.monotonic() + ANSWER_S
+        while not ((started / "metrics.jsonl").exists() and _steps(started) > 2) and time.monotonic() < until:
+            time.sleep(0.05)
+        ranks = [pid for pid in _children(child.pid) if any(b"RANK=" in entry for entry in _environment(pid))]
+        os.kill(child.pid, signal.SIGKILL)
+        out, err = child.communicate(timeout=60)  # which the ranks hold open as long as they live
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    assert len(ranks) >= 2
+    assert "flexsp train:" not in err, err[-3000:]
+    stopped = re.search(r"stopped by the end of torchrun after step (\d+) of 100000, saved", out)
+    assert stopped is not None, out[-2000:]
+    assert int(stopped[1]) == _steps(started)
+    assert (started / f"checkpoints/step-{int(stopped[1]):08d}/state.json").exists()
+
+
+def _steps(folder: Path) -> int:
+    return (folder / "metrics.jsonl").read_text().count("\n")
 
 
 def _children(pid: int) -> list[int]:

@@ -42,7 +42,7 @@ from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
 from flexsp.train.checkpoint import CheckpointError
 from flexsp.train.out_of_memory import OutOfMemoryError
-from flexsp.train.ranks import Board, StopSignal
+from flexsp.train.ranks import LAUNCHER_ENDED, SIGTERM, Board, StopSignal
 from flexsp.train.roll_call import Kind, Place, Report, as_json, failed_collective, from_json, report, verdict
 
 TICK_S = 1.0
@@ -207,12 +207,13 @@ class Guard:
             self._look()
 
     def _look(self) -> None:
-        if self.stop.asked_here and self.place.step is None:
+        self.stop.look_for_launcher()
+        if self.stop.cause and self.place.step is None:
             self._end(self._asked)
         if self._board.read("alarm"):
             self._heed_alarm()
         self._show()
-        if self.stop.asked_here and self._silent_ranks():
+        if self.stop.cause and self._silent_ranks():
             self._end(lambda: self._find_out(Kind.CLOSED, "stopped by SIGTERM"))
         if self.place.still_s() > self._longest_s() and self.place.bounded:
             self._end(self._stuck)
@@ -268,12 +269,15 @@ class Guard:
 
     def _asked(self) -> int:
         """SIGTERM, and no step to finish. torchrun sends it too where another rank has died: the roll tells."""
-        return self._stopped() if self._alone else self._find_out(Kind.ASKED, "")
+        return self._stopped() if self._alone or self.stop.cause == LAUNCHER_ENDED else self._find_out(Kind.ASKED, "")
 
     def _stopped(self) -> int:
-        if not self._board.is_there and self._rank != 0:
+        has_board = self._board.is_there and self.stop.cause != LAUNCHER_ENDED
+        if not has_board and self._rank != 0:
             return 0
-        return self._say(f"stopped by SIGTERM while {self.place.phase}; the same command goes on", 0)
+        return self._say(
+            f"stopped by {self.stop.cause or SIGTERM} while {self.place.phase}; the same command goes on", 0
+        )
 
     def _end(self, how: Callable[[], int]) -> None:
         """In the watching thread: ends the process, unless the main thread is about to, and soon."""

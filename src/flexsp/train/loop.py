@@ -55,7 +55,7 @@ class Loop:
     """What names the tokens, for checkpoints; see `TokenStore.identity`."""
 
     def run(self) -> bool:
-        """Trains what is left of the steps; False where SIGTERM ended it before the last."""
+        """Trains what is left of the steps; False where SIGTERM, or the end of torchrun, ended it before the last."""
         config, learner, place, steps = self.config, self.learner, self.guard.place, self.config.train.steps
         optimizer, schedule = build.build_optimizer(self.model, config.train)
         checkpoints = Checkpoints(config, self.groups.control, self.data)
@@ -84,13 +84,15 @@ class Loop:
                 place.at("writing the records in run.dir", batch.step)
                 records.write(metrics, batch)
                 place.at("asking for a stop", batch.step, bounded=True)
-                stopping = self._asked_to_stop()
+                stopping = self.guard.stop.asked(self.groups.control)
                 place.at("saving a checkpoint", batch.step)
-                checkpoints.after_step(batch.step + 1, self.model, optimizer, schedule, learner.profile, last=stopping)
+                checkpoints.after_step(
+                    batch.step + 1, self.model, optimizer, schedule, learner.profile, last=bool(stopping)
+                )
                 if stopping and batch.step + 1 < steps:
                     checkpoints.finish()
                     saved = "saved; the same command goes on" if config.checkpoint.every else NOT_SAVED
-                    log.info("stopped by SIGTERM after step %d of %d, %s", batch.step + 1, steps, saved)
+                    log.info("stopped by %s after step %d of %d, %s", stopping, batch.step + 1, steps, saved)
                     return False
                 place.at("waiting for its plan", batch.step + 1)
             place.at("saving the last checkpoint", steps)
@@ -115,7 +117,7 @@ class Loop:
 
     def _asked_to_stop(self) -> bool:
         """A collective."""
-        return self.guard.stop.asked(self.groups.control)
+        return bool(self.guard.stop.asked(self.groups.control))
 
     def _learned(self, batch: PlannedBatch, result: StepResult) -> dict[str, Any]:
         """Corrects the profile by the step, plans with it from now on, and returns what metrics.jsonl says of that."""

@@ -43,15 +43,22 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
+SIGTERM, LAUNCHER_ENDED = "SIGTERM", "the end of torchrun"
+"""Why a run is asked to stop."""
+CAUSES = ("", SIGTERM, LAUNCHER_ENDED)
+
+
 class StopSignal:
     """SIGTERM as a request, while inside: a step is finished first, however often it comes.
 
-    A scheduler may signal every process, and torchrun its workers once more; what is stuck SIGKILL ends.
+    A scheduler may signal every process, and torchrun its workers once more; what is stuck SIGKILL ends. So is the end
+    of torchrun: nobody watches over its ranks then, and the same command may be started again in the same folder.
     """
 
     def __init__(self) -> None:
-        self.asked_here = False
-        """Whether this rank was asked to stop."""
+        self.cause = ""
+        """Why this rank was asked to stop; empty: it was not."""
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._before: Any = None
 
     def __enter__(self) -> StopSignal:
@@ -63,13 +70,18 @@ class StopSignal:
 
     def note(self, *_: object) -> None:
         """The signal has come."""
-        self.asked_here = True
+        self.cause = self.cause or SIGTERM
 
-    def asked(self, control: dist.ProcessGroup) -> bool:
-        """Whether any rank was asked to stop. A collective: the signal reaches ranks at different steps."""
-        asked = torch.tensor([int(self.asked_here)])
+    def look_for_launcher(self) -> None:
+        """Notes its end: a process whose parent has ended gets another one."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.cause = LAUNCHER_ENDED
+
+    def asked(self, control: dist.ProcessGroup) -> str:
+        """Why a rank was asked to stop; empty: none was. A collective: the signal reaches ranks at different steps."""
+        asked = torch.tensor([CAUSES.index(self.cause)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=control)
-        return bool(asked.item())
+        return CAUSES[int(asked.item())]
 
 
 class Board:
