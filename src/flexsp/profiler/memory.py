@@ -42,7 +42,7 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
             return
         if trim:
-            _trim()
+            hand_back_freed()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew (Linux)
         except OSError:
@@ -209,8 +209,11 @@ def _own_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _trim() -> None:
-    """Hands what the C library keeps of freed memory back to the system, so that it does not count."""
+def hand_back_freed() -> None:
+    """Hands what glibc keeps of freed memory back to the system; nothing where the C library is another.
+
+    It keeps what is freed below a page that is still in use, and tensors up to 32 MiB come from its heaps.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -35,9 +35,9 @@ from transformers import PreTrainedModel
 import flexsp
 from flexsp import jsonfields as jf
 from flexsp.profile import Profile
+from flexsp.profiler.memory import hand_back_freed
 from flexsp.train.config import Config
 from flexsp.train.digests import STATE, write_digests
-from flexsp.train.freed import hand_back
 from flexsp.train.roll_call import failed_collective
 from flexsp.train.safe_load import DigestWriter, SafeLoadPlanner, SafeReader
 
@@ -170,9 +170,9 @@ class Checkpoints:
         return ""
 
     def _hand_back(self) -> None:
-        """What was copied to be written has been freed; the system gets it, once."""
+        """The copy that was written has been freed: the system gets it, once, before the next one cuts it up more."""
         if not self._handed_back:
-            hand_back()
+            hand_back_freed()
             self._handed_back = True
 
     def loaded(self, steps: int) -> None:
