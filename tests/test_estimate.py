@@ -203,13 +203,42 @@ def test_an_estimate_is_pure_says_where_it_comes_from_and_can_be_planned_with(tm
     assert set(profile.provenance["fields"]) == {
         "compute.quadratic_s", "compute.linear_s", "compute.fixed_s", "all_to_all.bytes_per_token",
         "all_to_all.bandwidth_bytes_per_s", "all_to_all.latency_s", "memory.memory_bytes", "memory.model_state_bytes",
-        "memory.activation_bytes_per_token", "memory.policies", "optimizer_s", "layouts",
+        "memory.unsharded_bytes", "memory.activation_bytes_per_token", "memory.policies", "optimizer_s", "layouts",
     }  # fmt: skip
     assert any("NVIDIA H100" in source for source in profile.provenance["sources"])
     lengths = [60_000, 9_000, 4_000, 4_000, 2_000, 500, 500, 100]
     plan = flexsp.plan(lengths, profile)
     assert plan.has_plan
     assert flexsp.violations(plan, lengths, profile) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "cluster", "zero_stage"),
+    [
+        ("llama-3-8b", "h100", 3),
+        ("llama-3-8b", "b200", 2),
+        ("llama-3.2-1b", "a100-40", 3),
+        ("llama-3.2-1b", "mi300x", 1),
+        ("gpt-7b", "a100-80", 3),
+        ("gpt-30b", "h200", 3),
+    ],
+)
+def test_a_rescaled_estimate_holds_what_the_estimate_of_as_many_devices_holds(model, cluster, zero_stage):
+    """Llama-3-8B on H100 had 2.68 GiB for 8.34 from 8 to 64, 66.7 for 21.4 back, and 64 to 2 was refused."""
+    shape = load_model_shape(MODELS / f"{model}.json")
+    by_count = {}
+    for num_devices in (2, 4, 8, 64, 512):
+        try:
+            by_count[num_devices] = estimate(shape, cluster, num_devices=num_devices, zero_stage=zero_stage)
+        except ValueError:  # it does not fit
+            assert num_devices < 8
+    for told in by_count.values():
+        for num_devices, direct in by_count.items():
+            rescaled = told.for_devices(num_devices).memory
+            assert rescaled.model_state_bytes == pytest.approx(direct.memory.model_state_bytes, rel=0.01)
+            assert replace(rescaled, model_state_bytes=direct.memory.model_state_bytes) == direct.memory
+    shares = {n: p.memory.model_state_bytes - p.memory.unsharded_bytes for n, p in by_count.items()}
+    assert shares[8] == pytest.approx(64 * shares[512], abs=64)  # that is what is sharded, and all of it
 
 
 # ---- what does not fit, and the command
@@ -241,7 +270,10 @@ def test_the_command_prints_every_coefficient_and_saves_the_profile(tmp_path, ca
     options = ["--num-devices", "16", "--sp-degrees", "1,2,16", "--output", str(path)]
     assert main(["estimate", *LLAMA, "--cluster", "h200", *options]) == 0
     printed = capsys.readouterr().out
-    for word in ("quadratic_s", "fixed_s", "bytes_per_token", "model_state_bytes", "optimizer_s", "offload", "assumed"):
+    for word in (
+        "quadratic_s", "fixed_s", "bytes_per_token", "model_state_bytes", "unsharded_bytes", "optimizer_s", "offload",
+        "assumed",
+    ):  # fmt: skip
         assert word in printed
     assert "…" not in printed  # nothing is cut off in the width of a pipe
     saved = Profile.load(path)

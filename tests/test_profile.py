@@ -40,6 +40,12 @@ def test_a_file_is_kept_as_it_was_with_fields_of_later_versions(tmp_path):
     assert Profile.load(tmp_path / "q.json") == loaded
 
 
+def with_unsharded(unsharded_bytes, num_devices=4, capacity=100):
+    document = profile_json(num_devices, capacity)
+    document["memory"]["unsharded_bytes"] = unsharded_bytes
+    return document
+
+
 def without(document, *path):
     inner = document
     for key in path[:-1]:
@@ -61,6 +67,10 @@ def without(document, *path):
         ({**profile_json(), "sp_degrees": []}, r"sp_degrees=\[\] must be ascending"),
         ({**profile_json(), "sp_degrees": [1, 8]}, r"degree above num_devices=4; remove 8"),
         ({**profile_json(), "sp_degrees": [1, 3]}, r"degree 3 has no entry in all_to_all.bandwidth_bytes_per_s"),
+        (with_unsharded("1"), r"p.json: memory.unsharded_bytes='1' must be an integer"),
+        (with_unsharded(1.0), r"p.json: memory.unsharded_bytes=1.0 must be an integer"),
+        (with_unsharded(-1), r"p.json: memory.unsharded_bytes=-1 must be at least 0"),
+        (with_unsharded(1001), r"p.json: unsharded_bytes=1001 must be from 0 to model_state_bytes=1000, whose part"),
         (profile_json(capacity=0), r"memory_bytes=1000 must be above model_state_bytes=1000"),
         ({**profile_json(), "layouts": {"4": {"ulysses": 3, "ring": 2}}}, r"ulysses=3 x ring=2 must be 4"),
     ],
@@ -88,6 +98,20 @@ def test_other_numbers_of_devices_share_the_model_states_and_say_so():
     assert p.for_devices(8) is p
     with pytest.raises(ValueError, match="nothing is left for activations"):
         profile(8, capacity=10).for_devices(1)
+
+
+def test_what_is_not_sharded_is_the_same_on_any_number_of_devices(tmp_path):
+    p = Profile.from_json(with_unsharded(600, 8, 500))
+    p.save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text()) == with_unsharded(600, 8, 500)
+    assert Profile.load(tmp_path / "p.json") == p
+    for num_devices, state_bytes in ((1, 600 + 8 * 400), (4, 600 + 2 * 400), (64, 600 + 400 / 8)):
+        other = p.for_devices(num_devices)
+        assert (other.memory.model_state_bytes, other.memory.unsharded_bytes) == (state_bytes, 600)
+        said = other.provenance["assumptions"][0]
+        assert "model_state_bytes sharded evenly over all devices but for unsharded_bytes=600, which each holds" in said
+    assert p.for_devices(64).for_devices(8).memory == p.memory
+    assert p.group_bytes(1, 10) == 1000 + 100  # it is a part, not more
 
 
 def test_tables_give_measured_seconds_between_lengths_and_grow_beyond_them(tmp_path):

@@ -49,6 +49,8 @@ def test_a_model_is_measured_by_few_of_its_layers_and_the_rest_of_a_cluster_esti
     assert "measured on 3, 1, 1 layers with vocabularies of 1024, 1024, 3000" in provenance["assumptions"][0]
     assert {(p["layers"], round(p["head"] * 3000)) for p in provenance["points"]} == {(3, 1024), (1, 1024), (1, 3000)}
     assert all(p["layers"] == 3 for p in provenance["points"] if p["degree"] > 1)
+    share = 16 * model_shape(LLAMA).num_parameters / 8
+    assert profile.memory.model_state_bytes - profile.memory.unsharded_bytes == pytest.approx(share, abs=2)
     assert provenance["fit"]["held_out"] == 6
     assert flexsp.plan([100, 900, 60], profile).has_plan
     assert main(["show", str(tmp_path / "profile.json")]) == 0

@@ -60,6 +60,9 @@ def test_a_measured_profile_is_complete_saved_and_reused(ranks, world_size, tmp_
     assert document["compute"]["fixed_s"] > 0
     memory = document["memory"]
     assert (memory["memory_bytes"] - memory["model_state_bytes"]) / memory["activation_bytes_per_token"] == 64
+    sharded = world_size * (memory["model_state_bytes"] - memory["unsharded_bytes"])
+    numbers = sum(p.numel() for p in build(small_config(), torch.float32).parameters())
+    assert sharded == pytest.approx(16 * numbers, rel=0.02)  # weight, gradient and two moments, in fp32
     assert document["optimizer_s"] > 0
     fit, points = document["provenance"]["fit"], document["provenance"]["points"]
     assert fit["held_out"] == 6

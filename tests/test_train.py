@@ -199,7 +199,8 @@ def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is
     document = json.loads((folder / "four.json").read_text())
     memory = document["memory"]
     room = 100 * memory["activation_bytes_per_token"]  # on two ranks too little for the limit without a policy
-    memory["memory_bytes"] = 2 * memory["model_state_bytes"] + room
+    whole = memory["unsharded_bytes"]
+    memory["memory_bytes"] = 2 * (memory["model_state_bytes"] - whole) + whole + room
     memory["policies"] = {"full": {"activation_bytes_per_token": 1, "compute_factor": 1.3}}
     (folder / "more.json").write_text(json.dumps(document))
     done = train(
@@ -208,6 +209,7 @@ def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "more.json: for 2 devices from a profile of 4: model_state_bytes sharded evenly" in done.stdout
+    assert f"but for unsharded_bytes={whole}, which each holds" in done.stdout
     plans = [json.loads(line) for line in (folder / "more" / "plans.jsonl").read_text().splitlines()]
     policies = {micro_batch["policy"] for row in plans for micro_batch in row["plan"]["micro_batches"]}
     assert "full" in policies

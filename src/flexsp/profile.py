@@ -68,9 +68,13 @@ class Memory:
 
     memory_bytes: float
     model_state_bytes: float
-    """Parameters, gradients and optimizer state on one device."""
+    """What one device holds whatever its tokens: its share of parameters, gradients and optimizer state, and
+    `unsharded_bytes`."""
     activation_bytes_per_token: float
     policies: Mapping[str, Policy]
+    unsharded_bytes: int = 0
+    """The part of `model_state_bytes` that is the same on any number of devices: what is gathered whole, a chunk of the
+    loss, on a CPU the process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +142,11 @@ class Profile:
             raise ValueError(
                 f"memory_bytes={self.memory.memory_bytes} must be above "
                 f"model_state_bytes={self.memory.model_state_bytes}; nothing is left for activations"
+            )
+        if not 0 <= self.memory.unsharded_bytes <= self.memory.model_state_bytes:
+            raise ValueError(
+                f"unsharded_bytes={self.memory.unsharded_bytes} must be from 0 to "
+                f"model_state_bytes={self.memory.model_state_bytes}, whose part it is; correct one"
             )
 
     # ---- the formulas
@@ -215,9 +224,9 @@ class Profile:
     def for_devices(self, num_devices: int) -> Profile:
         """This model's profile on another number of devices of the same kind, e.g. to plan for half the cluster.
 
-        Model states are taken as sharded over all devices (ZeRO-3), so each device's share changes in proportion;
-        degrees above `num_devices` go, and none is added: their exchange is not known. Seconds, bandwidths and the
-        size of a node stay. What was assumed is appended to `provenance["assumptions"]`.
+        Model states but for `unsharded_bytes` are taken as sharded over all devices (ZeRO-3), so each device's share
+        changes in proportion; degrees above `num_devices` go, and none is added: their exchange is not known. Seconds,
+        bandwidths and the size of a node stay. What was assumed is appended to `provenance["assumptions"]`.
 
         Raises:
             ValueError: no degree is left, or the model states no longer fit.
@@ -231,18 +240,20 @@ class Profile:
             raise ValueError(
                 f"num_devices={num_devices} is below every degree of sp_degrees={list(self.sp_degrees)}; use more"
             )
+        whole_bytes = self.memory.unsharded_bytes
+        whole = f" but for unsharded_bytes={whole_bytes}, which each holds" if whole_bytes else ""
         assumption = (
             f"for {num_devices} devices from a profile of {self.num_devices}: model_state_bytes sharded evenly over "
-            f"all devices; fixed_s, bandwidths and latencies unchanged; no degree above {degrees[-1]}; "
+            f"all devices{whole}; fixed_s, bandwidths and latencies unchanged; no degree above {degrees[-1]}; "
             f"{min(self.devices_per_node, num_devices)} devices a node"
         )
-        state_bytes = self.memory.model_state_bytes * self.num_devices / num_devices
+        shared_bytes = (self.memory.model_state_bytes - whole_bytes) * self.num_devices
         return replace(
             self,
             num_devices=num_devices,
             devices_per_node=min(self.devices_per_node, num_devices),
             sp_degrees=degrees,
-            memory=replace(self.memory, model_state_bytes=state_bytes),
+            memory=replace(self.memory, model_state_bytes=whole_bytes + shared_bytes / num_devices),
             provenance={
                 **self.provenance,
                 "assumptions": [*self.provenance.get("assumptions", []), assumption],

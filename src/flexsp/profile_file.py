@@ -59,6 +59,7 @@ def profile_from_json(document: Mapping[str, Any], where: str) -> Profile:
                 model_state_bytes=memory.number("model_state_bytes"),
                 activation_bytes_per_token=memory.number("activation_bytes_per_token", positive=True),
                 policies=_policies(memory),
+                unsharded_bytes=memory.integer("unsharded_bytes"),
             ),
             layouts={_degree(key, f"{where}: layouts"): _layout(key, entry, where) for key, entry in layouts.items()},
             optimizer_s=None if optimizer_s is None else float(jf.as_number(optimizer_s, f"{where}: optimizer_s")),
@@ -78,6 +79,8 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
         "model_state_bytes": profile.memory.model_state_bytes,
         "activation_bytes_per_token": profile.memory.activation_bytes_per_token,
     }
+    if profile.memory.unsharded_bytes:
+        memory["unsharded_bytes"] = profile.memory.unsharded_bytes
     if profile.memory.policies:
         memory["policies"] = {
             name: {
@@ -126,6 +129,10 @@ class _Section:
 
     def number(self, key: str, positive: bool = False) -> int | float:
         return jf.as_number(jf.required(self.fields, key, self.where), f"{self.where}.{key}", positive)
+
+    def integer(self, key: str) -> int:
+        """At least 0, which it is where it is not there."""
+        return jf.as_integer(self.fields.get(key, 0), f"{self.where}.{key}", 0)
 
     def by_degree(self, key: str, positive: bool = False, optional: bool = False) -> dict[int, float]:
         where = f"{self.where}.{key}"

@@ -23,6 +23,7 @@ def rich_profile(num_devices: int) -> dict[str, Any]:
     """A profile with every field that there is."""
     document = profile_json(num_devices)
     document["memory"]["policies"] = {"full": {"activation_bytes_per_token": 4, "compute_factor": 1.33}}
+    document["memory"]["unsharded_bytes"] = 400
     document["layouts"] = {"2": {"ulysses": 1, "ring": 2}}
     document["optimizer_s"] = 0.05
     document["tables"] = {"1": {"lengths": [8, 64, 512], "seconds_per_token": [2e-3, 3e-3, 5e-3]}}

@@ -170,12 +170,13 @@ PROFILE = Obj(
                 "activation_bytes_per_token": Num(positive=True),
             },
             {
+                "unsharded_bytes": Int(0),
                 "policies": Map(
                     Obj(
                         {"activation_bytes_per_token": Num(positive=True)},
                         {"compute_factor": Num(positive=True)},
                     )
-                )
+                ),
             },
         ),
     },

@@ -92,6 +92,7 @@ def _values(profile: Profile) -> dict[str, str]:
         "all_to_all.bytes_per_token": f"{profile.all_to_all.bytes_per_token:,.0f}",
         "memory.memory_bytes": _gib(profile.memory.memory_bytes),
         "memory.model_state_bytes": _gib(profile.memory.model_state_bytes),
+        "memory.unsharded_bytes": _gib(profile.memory.unsharded_bytes),
         "memory.activation_bytes_per_token": f"{profile.memory.activation_bytes_per_token:,.0f}",
         "optimizer_s": f"{profile.optimizer_s:.3g} s",
     }

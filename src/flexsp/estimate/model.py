@@ -97,17 +97,21 @@ def _degrees(num_devices: int, sp_degrees: Sequence[int] | None) -> tuple[int, .
 
 
 def _memory(shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float) -> Memory:
-    per_token = shape.activation_bytes_per_token("none", DTYPES[dtype])
+    share, whole = _held_bytes(shape, cluster, dtype, zero_stage, memory_fraction)
     return Memory(
         memory_bytes=math.floor(cluster.memory_bytes * memory_fraction),
-        model_state_bytes=_model_state_bytes(shape, cluster, dtype, zero_stage, memory_fraction),
-        activation_bytes_per_token=per_token,
+        model_state_bytes=math.ceil(share + whole),
+        activation_bytes_per_token=shape.activation_bytes_per_token("none", DTYPES[dtype]),
         policies=memory.policies(shape, cluster, dtype),
+        unsharded_bytes=math.floor(whole),
     )
 
 
-def _model_state_bytes(shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float) -> int:
-    """What a device holds whatever its tokens: model states, and a chunk of the loss.
+def _held_bytes(
+    shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float
+) -> tuple[float, float]:
+    """What a device holds whatever its tokens: its share of the model states, and what it holds whole, with a chunk of
+    the loss.
 
     Raises:
         ValueError: it leaves no room for the activations of a token.
@@ -116,7 +120,7 @@ def _model_state_bytes(shape: ModelShape, cluster: Cluster, dtype: str, zero_sta
     room = cluster.memory_bytes * memory_fraction
     least_room = memory.least_room_bytes(shape, dtype)
     if share + whole + least_room <= room:
-        return math.ceil(share + whole + memory.loss_bytes(shape, dtype, room - share - whole))
+        return share, whole + memory.loss_bytes(shape, dtype, room - share - whole)
     needed = (share + whole) / 2**30
     short = (
         f"model states of {needed:.1f} GiB a device leave no room for loss and activations in {room / 2**30:.1f} GiB "
@@ -181,6 +185,7 @@ def _provenance(
             "all_to_all.latency_s": f"{seconds.EXCHANGES_PER_LAYER} all-to-alls a layer",
             "memory.memory_bytes": f"{memory_fraction:g} of the device's memory",
             "memory.model_state_bytes": _state_field(zero_stage, dtype),
+            "memory.unsharded_bytes": "of model_state_bytes, all but what is sharded over the devices",
             "memory.activation_bytes_per_token": "what each layer keeps for its backward (after arXiv 2205.05198)",
             "memory.policies": "selective: norms and MLP computed again; full: whole layers computed again; "
             "offload: activations to the host and back",

@@ -118,7 +118,7 @@ def measure_layers(
     devices = sharded_over or dist.get_world_size()
     per_token, residual_bytes = whole_model_tokens(done, shape)
     gathered_itemsize = dtype.itemsize if shard_layers else None
-    state_bytes = whole_model_states(done, shape, devices, weights_dtype.itemsize, gathered_itemsize)
+    share, whole = whole_model_states(done, shape, devices, weights_dtype.itemsize, gathered_itemsize)
     layers = 1 if first.part.whole else shape.num_layers
     measured = Measured(
         config=config,
@@ -130,7 +130,8 @@ def measure_layers(
         exchange_bytes_per_s=alone_bytes_per_s(first.alone, probe_tokens, config, dtype),
         held_out=[said.mix_s(mix) / seconds - 1.0 for mix, seconds in first.tried],
         optimizer_s=first.optimizer_s * weights_dtype.itemsize * shape.num_parameters / devices / first.shard_bytes,
-        state_bytes=state_bytes,
+        state_bytes=share + whole,
+        unsharded_bytes=whole,
         activation_bytes_per_token=per_token,
         degree_factor=first.degree_factor,
         residual_bytes=residual_bytes,
@@ -235,10 +236,10 @@ def whole_model_tokens(done: Sequence[_PartDone], shape: ModelShape) -> tuple[fl
 
 def whole_model_states(
     done: Sequence[_PartDone], shape: ModelShape, devices: int, weight_bytes: int, gathered_itemsize: int | None
-) -> float:
-    """Bytes of a rank of the whole model whatever the tokens.
+) -> tuple[float, float]:
+    """Bytes of a rank of the whole model whatever the tokens: its share of what is sharded, and what it holds whole.
 
-    Its share of weights, gradients and optimizer states, and what a part held at rest beyond its own shards of
+    The share is of weights, gradients and optimizer states. Whole is what a part held at rest beyond its own shards of
     parameters and gradients: the process, and whatever was gathered. Layer by layer that is the most of any part and a
     layer more (the one that is fetched ahead); all at once it grows with the layers.
 
@@ -255,4 +256,4 @@ def whole_model_states(
     else:
         ahead = 0 if done[0].part.whole else gathered_itemsize * shape.layer_parameters
         held = max(beside) + ahead
-    return held + (2 + OPTIMIZER_COPIES) * weight_bytes * shape.num_parameters / devices
+    return (2 + OPTIMIZER_COPIES) * weight_bytes * shape.num_parameters / devices, held

@@ -43,6 +43,8 @@ class Measured:
     """Predicted over measured seconds, less 1, of micro-batches that the fit has not seen."""
     optimizer_s: float
     state_bytes: float
+    unsharded_bytes: float
+    """Of `state_bytes`, what is the same however many ranks share the rest."""
     activation_bytes_per_token: float
     """At degree 1."""
     degree_factor: float
@@ -111,6 +113,7 @@ def make_profile(
                 name: replace(p, activation_bytes_per_token=p.activation_bytes_per_token * measured.degree_factor)
                 for name, p in measured.policies.items()
             },
+            unsharded_bytes=math.floor(measured.unsharded_bytes),
         ),
         layouts=measured.splits.layouts,
         optimizer_s=measured.optimizer_s,

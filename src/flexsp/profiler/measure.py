@@ -90,6 +90,8 @@ def measure_profile(
     alone = exchange_alone(probe, tokens, sp_degrees, dtype)
     under = read_policies(probe, policies, tokens, peaks_of, track)
     fit = Fit(readings, sp_degrees, {d: max(by.values()) / (tokens * d) for d, by in alone.items()})
+    at_rest = max(peaks.at_rest_bytes, at_rest_bytes([under]))
+    shard = shard_bytes(model)
     measured = Measured(
         config=model.config,
         dtype=dtype,
@@ -100,7 +102,8 @@ def measure_profile(
         exchange_bytes_per_s=alone_bytes_per_s(alone, tokens, model.config, dtype),
         held_out=[fit.for_part(probe.part).mix_s(mix) / seconds - 1.0 for mix, seconds in tried],
         optimizer_s=probe.optimizer_s(),
-        state_bytes=max(peaks.at_rest_bytes, at_rest_bytes([under])) + OPTIMIZER_COPIES * shard_bytes(model),
+        state_bytes=at_rest + OPTIMIZER_COPIES * shard,
+        unsharded_bytes=max(0.0, at_rest - 2 * shard),  # parameters and gradients are at rest too
         activation_bytes_per_token=peaks.bytes_per_token,
         residual_bytes=max(peaks.residual_bytes, residual_bytes([under])),
         policies=whole_policies(under),
