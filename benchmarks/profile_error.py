@@ -68,8 +68,10 @@ def main() -> None:
         lengths = sequences.lengths[ids]
         for planner in ("flex", "static"):
             plan = flexsp.plan(lengths, whole, planner)
-            batch = PlannedBatch(step=step, sequence_ids=ids, lengths=lengths, plan=plan, source=sequences)
-            groups.prepare([plan])
+            batch = PlannedBatch(
+                step=step, sequence_ids=ids, lengths=lengths, plan=plan, source=sequences, layouts=whole.layouts
+            )
+            groups.prepare([plan], whole.layouts)
             run(model, batch, groups)
             taken = []
             for _ in range(ROUNDS):
