@@ -38,6 +38,7 @@ def test_a_model_is_measured_by_few_of_its_layers_and_the_rest_of_a_cluster_esti
     done = measure(tmp_path, "--probe-tokens", "128", "--cluster", "h100", "--num-devices", "8")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "measuring will hold about" in done.stdout.splitlines()[0]
+    (doubt,) = [line for line in done.stdout.splitlines() if "which is not the NVIDIA H100" in line]
     assert "saved as profile.json" in done.stdout.splitlines()[-1]
     profile = Profile.load(tmp_path / "profile.json")
     provenance = profile.provenance
@@ -49,6 +50,7 @@ def test_a_model_is_measured_by_few_of_its_layers_and_the_rest_of_a_cluster_esti
     assert "measured on 3, 1, 1 layers with vocabularies of 1024, 1024, 3000" in provenance["assumptions"][0]
     assert {(p["layers"], round(p["head"] * 3000)) for p in provenance["points"]} == {(3, 1024), (1, 1024), (1, 3000)}
     assert all(p["layers"] == 3 for p in provenance["points"] if p["degree"] > 1)
+    assert doubt.removeprefix("profile: ") in provenance["assumptions"]
     share = 16 * model_shape(LLAMA).num_parameters / 8
     assert profile.memory.model_state_bytes - profile.memory.unsharded_bytes == pytest.approx(share, abs=2)
     assert provenance["fit"]["held_out"] == 6

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from flexsp.estimate import Cluster
 from flexsp.profile import Profile
 
 
-def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
+def other_device(device: str, cluster: Cluster) -> str | None:
+    """What a profile mixes where the device measured is not known to be the cluster's; None where it is.
+
+    Args:
+        device: what is measured, as torch calls it.
+        cluster: what the rest is estimated for.
+    """
+    if device in cluster.device_names:
+        return None
+    if not cluster.device_names:
+        return (
+            f"measured on {device}, and the file of cluster {cluster.name!r} has no device_names: whether that is its "
+            f"{cluster.device} is not known; name there what torch calls it"
+        )
+    return (
+        f"measured on {device}, which is not the {cluster.device} of the cluster: compute and memory of the one are "
+        f"mixed with links of the other; measure on such a device, or name another cluster"
+    )
+
+
+def fill_from_estimate(measured: Profile, estimate: Profile, doubt: str | None = None) -> Profile:
     """The measured profile for the estimate's cluster: its degrees, nodes and number of devices.
 
     A device's own seconds and bytes stay measured. Degrees that were measured keep their exchange and how they split
@@ -18,6 +39,7 @@ def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
     Args:
         measured: of few devices, but with the model states and the optimizer's step of the cluster's number of them.
         estimate: of the cluster, same model and type.
+        doubt: from `other_device`; it is among the assumptions then.
     """
     own = {
         d
@@ -25,31 +47,10 @@ def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
         if d > 1 and d in estimate.sp_degrees and d <= min(measured.devices_per_node, estimate.devices_per_node)
     }
     bandwidth, latency = estimate.all_to_all.bandwidth_bytes_per_s, estimate.all_to_all.latency_s
-    same_size = measured.num_devices == estimate.num_devices
-    fixed_s = measured.compute.fixed_s if same_size else max(measured.compute.fixed_s, estimate.compute.fixed_s)
-    fields: dict[str, str] = {name: "measured" for name in (
-        "compute.quadratic_s", "compute.linear_s", "memory.memory_bytes", "memory.activation_bytes_per_token",
-    )}  # fmt: skip
-    fields["compute.fixed_s"] = (
-        "measured"
-        if fixed_s == measured.compute.fixed_s
-        else f"estimated: {_why(estimate, 'compute.fixed_s')}; measured on {measured.num_devices} devices: "
-        f"{measured.compute.fixed_s:.4g} s"
-    )
-    for d in estimate.sp_degrees:
-        if d > 1:
-            field = "all_to_all.bandwidth_bytes_per_s"
-            fields[f"{field}.{d}"] = "measured" if d in own else f"estimated: {_why(estimate, field)}"
     layouts = {d: layout for d, layout in estimate.layouts.items() if d not in own}
     layouts |= {d: layout for d, layout in measured.layouts.items() if d in own}
-    for d in sorted(layouts):
-        fields[f"layouts.{d}"] = "measured" if d in own else f"estimated: {_why(estimate, 'layouts')}"
-    fields["all_to_all.latency_s"] = "as the bandwidth of the same degree"
-    share = f"measured on {measured.num_devices} devices, for a share of 1/{estimate.num_devices} of the parameters"
-    fields["memory.model_state_bytes"] = fields["optimizer_s"] = share
-    if measured.memory.policies:
-        fields["memory.policies"] = "measured"
-    return replace(
+    fixed_s, fixed_from = _fixed_s(measured, estimate)
+    mixed = replace(
         estimate,
         name=f"{measured.name}, for {estimate.num_devices} devices of {estimate.provenance.get('device', 'a cluster')}",
         compute=replace(measured.compute, fixed_s=fixed_s),
@@ -64,6 +65,9 @@ def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
         layouts={d: layouts[d] for d in sorted(layouts)},
         optimizer_s=measured.optimizer_s,
         tables={d: table for d, table in measured.tables.items() if d == 1 or d in own},
+    )
+    return replace(
+        mixed,
         provenance={
             **measured.provenance,
             "source": "mixed",
@@ -71,9 +75,16 @@ def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
                 *_strings(measured.provenance, "assumptions"),
                 f"measured on {measured.num_devices} x {measured.provenance.get('device')}; taken for "
                 f"{estimate.num_devices} devices: {estimate.provenance.get('device')}",
+                *([] if doubt is None else [doubt]),
                 *(f"of what is estimated: {text}" for text in _strings(estimate.provenance, "assumptions")),
             ],
-            "fields": fields,
+            "fields": {
+                "compute.quadratic_s": "measured",
+                "compute.linear_s": "measured",
+                "compute.fixed_s": fixed_from,
+                **_memory_fields(measured, estimate),
+                **_cluster_fields(mixed, estimate, own),
+            },
             "sources": _strings(estimate.provenance, "sources"),
             **{
                 key: {d: value for d, value in by_degree.items() if int(d) not in own}
@@ -82,6 +93,67 @@ def fill_from_estimate(measured: Profile, estimate: Profile) -> Profile:
             },
         },
     )
+
+
+def _fixed_s(measured: Profile, estimate: Profile) -> tuple[float, str]:
+    """The fixed cost and where it is from: gathers over more devices, or other nodes, take no less than measured."""
+    own_s, said_s = measured.compute.fixed_s, estimate.compute.fixed_s
+    if (measured.num_devices, measured.devices_per_node) == (estimate.num_devices, estimate.devices_per_node):
+        return own_s, "measured"
+    why, on = _why(estimate, "compute.fixed_s"), f"measured on {_devices(measured)}: {own_s:.4g} s"
+    if said_s > own_s:
+        return said_s, f"estimated: {why}; {on}"
+    return own_s, f"{on}, not below the {said_s:.4g} s estimated for {_devices(estimate)}: {why}"
+
+
+def _memory_fields(measured: Profile, estimate: Profile) -> dict[str, str]:
+    """Where the bytes are from, and the optimizer's seconds, which are in proportion to them."""
+    limit = measured.provenance.get("memory_limit")
+    artificial = "max_tokens_per_rank" in measured.provenance
+    # Under an artificial limit what a token holds at other degrees is not measured: nothing depends on it.
+    run = [1] if artificial else sorted({1, *measured.sp_degrees})
+    others = [d for d in estimate.sp_degrees if d not in run]
+    activations = f"measured at {_degrees(run)}"
+    if others:
+        activations += f", the most; not run at {_degrees(others)}, taken to hold no more a token"
+    share = f"measured on {_devices(measured)}, for a share of 1/{estimate.num_devices} of the parameters"
+    fields = {
+        "memory.memory_bytes": "measured" if limit is None else f"measured, less a margin: {limit}",
+        "memory.model_state_bytes": share,
+        "memory.unsharded_bytes": f"measured on {_devices(measured)}: what a rank held at rest beyond its share",
+        "memory.activation_bytes_per_token": activations,
+        "optimizer_s": share,
+    }
+    if artificial:
+        fields["memory.memory_bytes"] = str(limit)
+    if measured.memory.policies:
+        fields["memory.policies"] = "measured at degree 1; bytes of higher degrees in the proportion of those without"
+    return fields
+
+
+def _cluster_fields(mixed: Profile, estimate: Profile, own: set[int]) -> dict[str, str]:
+    """Where the exchange, splits and tables are from, by degree: `own` were measured as they are on the cluster."""
+    cluster = f"of the cluster: {estimate.provenance.get('device')}"
+    fields = dict.fromkeys(("num_devices", "devices_per_node", "sp_degrees"), cluster)
+    fields["all_to_all.bytes_per_token"] = "counted from the model's shape and the type it computes in"
+    by_degree = {
+        "all_to_all.bandwidth_bytes_per_s": list(mixed.all_to_all.bandwidth_bytes_per_s),
+        "layouts": list(mixed.layouts),
+    }
+    for field, degrees in by_degree.items():
+        for d in degrees:
+            fields[f"{field}.{d}"] = "measured" if d in own else f"estimated: {_why(estimate, field)}"
+    fields["all_to_all.latency_s"] = "as the bandwidth of the same degree"
+    return {**fields, **{f"tables.{d}": "measured" for d in mixed.tables}}
+
+
+def _devices(profile: Profile) -> str:
+    return f"{profile.num_devices} {'device' if profile.num_devices == 1 else 'devices'}"
+
+
+def _degrees(degrees: Iterable[int]) -> str:
+    each = [str(d) for d in degrees]
+    return f"{'degree' if len(each) == 1 else 'degrees'} {', '.join(each)}"
 
 
 def _why(estimate: Profile, field: str) -> str:

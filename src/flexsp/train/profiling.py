@@ -16,10 +16,10 @@ from flexsp.estimate import estimate_profile, load_cluster, model_shape
 from flexsp.parallel import GroupPool, powers_of_two
 from flexsp.profile import Profile
 from flexsp.profiler.layers import measure_layers
-from flexsp.profiler.make import ranks_per_node
+from flexsp.profiler.make import device_name, ranks_per_node
 from flexsp.profiler.measure import PROBE_TOKENS
 from flexsp.profiler.memory import memory_limit
-from flexsp.profiler.mixed import fill_from_estimate
+from flexsp.profiler.mixed import fill_from_estimate, other_device
 from flexsp.profiler.parts import needed_bytes, read_model_config
 from flexsp.profiler.probe import largest_of_all
 from flexsp.train.build import DTYPES
@@ -86,7 +86,7 @@ def profile_model(request: ProfileRequest) -> int:
             "profile: %s, %s parameters, %d layers, on %d ranks (%s), in %s",
             config.model_type, f"{shape.num_parameters:,}", shape.num_layers, world_size, dist.get_backend(), dtype,
         )  # fmt: skip
-        estimate = None
+        estimate = doubt = None
         if cluster is not None:  # before anything slow, so that what is wrong with it is found at once
             estimate = estimate_profile(
                 shape,
@@ -96,6 +96,8 @@ def profile_model(request: ProfileRequest) -> int:
                 dtype=dtype,
                 memory_fraction=request.memory_fraction,
             )
+            if doubt := other_device(device_name(device), cluster):
+                log.warning("profile: %s", doubt)
             degrees = sorted({1, *(d for d in degrees if d <= world_size)})
         profile = measure_layers(
             config,
@@ -114,7 +116,7 @@ def profile_model(request: ProfileRequest) -> int:
             track=display.tell,
         )
         if estimate is not None:
-            profile = fill_from_estimate(profile, estimate)
+            profile = fill_from_estimate(profile, estimate, doubt)
         if dist.get_rank() == 0:
             profile.save(request.output)
         _say(profile, request.output)
