@@ -15,6 +15,7 @@ from flexsp.simulate.crossovers import (
     MOST_TOKENS,
     cost,
     crossovers,
+    formula_over_table,
     least_cost,
     longest_tokens,
     policies,
@@ -24,6 +25,13 @@ from flexsp.simulate.pictures.profile import draw, save_figure
 from profiles import profile, profile_json
 
 RECOMPUTE = {"recompute": {"activation_bytes_per_token": 2, "compute_factor": 1.5}}
+
+
+TABLES = {
+    "1": {"lengths": [8, 64], "seconds_per_token": [0.00324, 0.00164]},
+    "2": {"lengths": [8, 64], "seconds_per_token": [0.0015, 0.0014]},
+}
+"""At degree 1 thrice the formula at 8 tokens and the formula's at 64."""
 
 
 def with_policies(named=RECOMPUTE, **changes):
@@ -80,6 +88,25 @@ def test_what_the_plain_policy_cannot_hold_is_costed_under_the_soonest_that_can(
     assert least_cost(p, 1, 1001) is None
     assert cost(p, 1, 101) is None
     assert least_cost(p, 1, 500).token_s == pytest.approx(1.5 * (1e-5 * 500 + 1e-3))
+
+
+def test_a_cost_is_the_tables_where_the_degree_has_one():
+    p = profile(tables=TABLES)
+    found = cost(p, 1, 8)
+    assert (found.token_s, found.table_token_s, found.token_device_s) == pytest.approx((0.00108, 0.00324, 0.00324))
+    assert cost(p, 2, 8).token_device_s == pytest.approx(2 * 0.0015)
+    assert cost(p, 4, 8).table_token_s is None
+    assert cost(p, 4, 8).best_token_s == cost(p, 4, 8).token_s
+    assert crossovers(p) == crossovers(profile())  # they are the formula's
+
+
+def test_how_far_the_formula_is_off_is_said_of_full_rows():
+    p = profile(tables=TABLES)
+    assert formula_over_table(p, 1) == pytest.approx({8: 1 / 3, 64: 1.0})
+    # half of 0.00108 and 0.00164, 0.00025 of exchange, and 0.004 of latency over 64 tokens
+    assert formula_over_table(p, 2) == pytest.approx({8: 0.0008525 / 0.0015, 64: 0.0011325 / 0.0014})
+    document = profile_json(tables={"1": {"lengths": [1, 2**62], "seconds_per_token": [0, 1e20]}})
+    assert list(formula_over_table(Profile.from_json(document), 1)) == [2**62]  # of nothing there is no ratio
 
 
 def costing(quadratic_s=0.0, linear_s=0.0, bandwidth=4e6, latency_s=0.0, bytes_per_token=1000):
@@ -250,7 +277,7 @@ def test_the_suffix_names_the_kind(tmp_path, suffix, begin):
 def test_lines_end_where_the_degree_ends_and_crossovers_are_marked():
     p = with_policies()
     figure = draw(p)
-    left, right = figure.axes
+    left, right, held = figure.axes
     drawn = [line for line in left.lines if len(line.get_xdata()) > 1]
     ends = sorted(max(line.get_xdata()) for line in drawn)
     assert ends == [100, 200, 400, 500, 1000, 2000]
@@ -260,10 +287,30 @@ def test_lines_end_where_the_degree_ends_and_crossovers_are_marked():
     assert figure.get_suptitle() == "test (estimated)"
     styles = {(line.get_linestyle(), line.get_marker()) for line in drawn if line.get_marker() != "None"}
     assert len(styles) == 3  # to be told apart in grey
+    by_policy = {line.get_label(): [int(tokens) for tokens in line.get_ydata()] for line in held.lines}
+    assert by_policy == {"no policy": [100, 200, 400], "recompute": [500, 1000, 2000]}
+    assert [label.get_text() for label in held.get_xticklabels()] == ["1", "2", "4"]
+
+
+def test_measured_tables_are_crosses_beside_the_formulas_lines():
+    left = draw(profile(tables=TABLES)).axes[0]
+    crosses = [line for line in left.lines if line.get_marker() == "x"]
+    assert [line.get_xdata().tolist() for line in crosses] == [[8, 64], [8, 64]]
+    assert [line.get_ydata().tolist() for line in crosses] == [[0.00324, 0.00164], [0.0015, 0.0014]]
+    assert not [line for line in draw(profile()).axes[0].lines if line.get_marker() == "x"]
 
 
 @pytest.mark.parametrize(
-    "p", [costing(), profile(capacity=2), profile(1, capacity=3), profile(capacity=1e12), profile(64, capacity=1)]
+    "p",
+    [
+        costing(),
+        profile(capacity=2),
+        profile(1, capacity=3),
+        profile(capacity=1e12),
+        profile(64, capacity=1),
+        profile(2, sp_degrees=[2]),
+        with_policies({"none held": {"activation_bytes_per_token": 1e4}}),
+    ],
 )
 def test_extreme_profiles_are_drawn_without_a_warning(p, tmp_path):
     save_figure(p, tmp_path / "p.svg")
@@ -342,6 +389,33 @@ def test_policies_have_a_table_each_and_a_letter_where_they_are_used(shown):
     assert "-: does not fit under any policy; a: under recompute" in out
 
 
+def test_measured_tables_are_shown_and_how_far_the_formula_is_off(shown):
+    _, out, _ = shown(profile_json(tables={**TABLES, "8": TABLES["1"]}), "--lengths", "8,64,200")
+    crossing, time, price = rows(out)
+    assert crossing[1][2] == "13"
+    assert time == [["1", "3,240*", "1,640*", "-"], ["2", "1,500*", "1,400*", "2,080*"], ["4", "1,520", "785", "1,040"]]
+    assert [row[1] for row in price] == ["3,240*", "3,000*", "6,080"]
+    assert "*: by the measured table of the degree; the others by the formula" in out
+    assert "all of it by the formula, though measured tables are there" in out
+    assert "  degree 1: x0.33 at 8, x1.00 at 64\n  degree 2: x0.57 at 8, x0.81 at 64\n" in out
+    assert "degree 8" not in out
+    assert "table" not in shown(profile_json())[1]
+
+
+def test_the_exchange_is_shown_at_lengths_that_some_degree_holds_under_the_policy(shown):
+    _, out, _ = shown(with_policies().to_json(), "--lengths", "50,300,1000,2000")
+    plain, recompute, *_ = rows(out)
+    assert plain[2][4:] == ["52%", "22%"]  # of 50 and 300: a group of 4 holds 400 without a policy
+    assert recompute[2][4:] == ["42%", "6%", "3%"]
+
+
+def test_a_learned_profile_says_so(shown):
+    told = {"correction": {"attention": 0.5833, "exchange 2": 1}, "started_from_sha256": "563dce"}
+    out = shown(profile_json(provenance=told))[1]
+    assert "corrected while training: attention x0.58, exchange 2 x1.00\n" in out
+    assert "learned from another profile, of sha256 563dce\n" in out
+
+
 def test_provenance_is_shown_as_it_is(shown):
     told = {
         "source": "measured",
@@ -358,7 +432,14 @@ def test_provenance_is_shown_as_it_is(shown):
     assert 'assumed: all layers are alike\nassumed: {"share": 0.5}\n' in out
 
 
-@pytest.mark.parametrize("odd", [{"fit": 1, "fields": "all", "assumptions": "none"}, {"fit": [1], "fields": [2]}, {}])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"fit": 1, "fields": "all", "assumptions": "none", "correction": "much", "started_from_sha256": 7},
+        {"fit": [1], "fields": [2], "correction": {"attention": None}},
+        {},
+    ],
+)
 def test_provenance_of_any_shape_is_no_error(shown, odd):
     status, out, err = shown(profile_json(provenance=odd))
     assert (status, err) == (0, "")

@@ -15,7 +15,15 @@ from rich.text import Text
 from flexsp.cli.show_run import is_run, show_run
 from flexsp.lengths import length_text, parse_tokens
 from flexsp.profile import Profile
-from flexsp.simulate.crossovers import Cost, cost, crossovers, least_cost, policies, powers_of_four
+from flexsp.simulate.crossovers import (
+    Cost,
+    cost,
+    crossovers,
+    formula_over_table,
+    least_cost,
+    policies,
+    powers_of_four,
+)
 from flexsp.simulate.pictures.profile import save_figure
 
 MOST_COLUMNS = 7
@@ -55,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     _show_head(profile, console)
     _show_crossovers(profile, lengths, console)
     _show_costs(profile, lengths, console)
+    _show_tables(profile, console)
     _show_provenance(profile.provenance, console)
     return 0
 
@@ -76,9 +85,9 @@ def _show_head(profile: Profile, console: Console) -> None:
 
 def _show_crossovers(profile: Profile, lengths: Sequence[int], console: Console) -> None:
     """One table for each policy: what degrees hold, from where they pay and are needed, and the exchange's share."""
-    shown = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
     exceeded = False
     for policy in policies(profile):
+        shown = _some_held(profile, lengths, policy)
         _say(console, "\none sequence alone in a group of each degree" + _under(policy, profile))
         shares = (f"exchange\nat {length_text(tokens)}" for tokens in shown)
         columns = ("degree", "holds\ntokens", "pays in\ntime from", "needed by\nmemory from", *shares)
@@ -102,6 +111,8 @@ def _show_crossovers(profile: Profile, lengths: Sequence[int], console: Console)
         _say(console, "  (n): longer than the degree holds")
     _say(console, "needed by memory from: tokens from which on no lower degree has the memory")
     _say(console, "exchange: its share of the group's time; -: does not fit")
+    if profile.tables:
+        _say(console, "all of it by the formula, though measured tables are there; see below")
     if any(layout.ring > 1 for layout in profile.layouts.values()):
         _say(console, "degree (ulysses x ring): how it splits where it is not Ulysses alone")
 
@@ -111,11 +122,14 @@ def _show_costs(profile: Profile, lengths: Sequence[int], console: Console) -> N
     letters = {policy: chr(ord("a") + index) for index, policy in enumerate(policies(profile)[1:])}
     costs = {(d, s): least_cost(profile, d, s) for d in profile.sp_degrees for s in lengths}
     used = {each.policy for each in costs.values() if each is not None and each.policy is not None}
+    measured = any(each is not None and each.table_token_s is not None for each in costs.values())
 
     def cell(each: Cost | None, price: bool) -> str:
         if each is None:
             return "-"
-        value = _microseconds(each.token_device_s if price else each.token_s)
+        value = _microseconds(each.token_device_s if price else each.best_token_s)
+        if measured:
+            value += " " if each.table_token_s is None else "*"
         return f"{value} {letters[each.policy]}" if each.policy is not None else f"{value}  " if used else value
 
     for title, price in (
@@ -130,13 +144,33 @@ def _show_costs(profile: Profile, lengths: Sequence[int], console: Console) -> N
             console.print(table)
     named = [f"{letters[policy]}: under {policy}" for policy in policies(profile)[1:] if policy in used]
     _say(console, "; ".join(["-: does not fit" + (" under any policy" if letters else ""), *named]))
+    if measured:
+        _say(console, "*: by the measured table of the degree; the others by the formula")
+
+
+def _show_tables(profile: Profile, console: Console) -> None:
+    """How far the formula is off from the measured tables, where the profile has any."""
+    degrees = [degree for degree in profile.sp_degrees if degree in profile.tables]
+    if degrees:
+        _say(console, "\nmeasured tables, of rows full of sequences of one length: what the formula says over them")
+    for degree in degrees:
+        ratios = formula_over_table(profile, degree)
+        said = (f"x{ratio:.2f} at {length_text(tokens)}" for tokens, ratio in ratios.items())
+        _say(console, f"  degree {profile.degree_text(degree)}: {', '.join(said)}")
 
 
 def _show_provenance(provenance: Mapping[str, Any], console: Console) -> None:
-    """What the profile says of its fit, of each field and of what was assumed; nothing where it does not."""
+    """What the profile says of its fit, its correction, each field and what was assumed; nothing where it does not."""
     if fit := provenance.get("fit"):
         pairs = fit.items() if isinstance(fit, Mapping) else [("", fit)]
         _say(console, "fit: " + ", ".join(f"{key} {_text(value)}".strip() for key, value in pairs))
+    if correction := provenance.get("correction"):
+        pairs = correction.items() if isinstance(correction, Mapping) else [("", correction)]
+        _say(
+            console, "corrected while training: " + ", ".join(f"{key} {_ratio(value)}".strip() for key, value in pairs)
+        )
+    if started_from := provenance.get("started_from_sha256"):  # as the run that learned it writes (train.learn)
+        _say(console, f"learned from another profile, of sha256 {_text(started_from)}")
     if fields := provenance.get("fields"):
         _say(console, "where the numbers come from")
         table = _table(("field", "from"), justify="left")
@@ -166,6 +200,13 @@ def _under(policy: str | None, profile: Profile) -> str:
     return f", under {policy} (compute x {profile.memory.policies[policy].compute_factor:.3g})"
 
 
+def _some_held(profile: Profile, lengths: Sequence[int], policy: str | None) -> list[int]:
+    """The first, the middle and the last of the lengths that some degree holds under `policy`."""
+    longest = max(profile.capacity_tokens(degree, policy) for degree in profile.sp_degrees)
+    held = [tokens for tokens in lengths if tokens <= longest] or lengths[:1]
+    return sorted({held[0], held[len(held) // 2], held[-1]})
+
+
 def _from(tokens: int | None) -> str:
     return "never" if tokens is None else "always" if tokens == 1 else f"{tokens:,}"
 
@@ -176,6 +217,10 @@ def _microseconds(seconds: float) -> str:
     if not 1 <= value < 1e7:
         return f"{value:.3g}"
     return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
+
+
+def _ratio(value: Any) -> str:
+    return f"x{value:.2f}" if isinstance(value, int | float) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,8 @@ All of it is about one sequence alone in a group of degree d. Its time is a quad
               = compute_factor * (1/e - 1/d) * (quadratic_s * s^2 + linear_s * s)
                 + (exchange(e) - exchange(d)) * s + latency(e) - latency(d)
 
+Crossovers are the formula's. Where a profile has measured tables beside it, a cost says what they say too.
+
 The coefficient of s^2 is never negative, so the lengths at which d saves nothing are one interval, and beyond its upper
 end d is sooner for good. Where the interval has no upper end, d is never sooner for good.
 """
@@ -51,14 +53,21 @@ class Cost:
     tokens: int
     """The length of the sequence."""
     token_s: float
-    """Seconds of the group for each token."""
+    """Seconds of the group for each token, by the formula."""
+    table_token_s: float | None
+    """The same by the measured table of the degree; None where it has none."""
     exchange_share: float
-    """Share of the exchange in the group's time, from 0 to 1."""
+    """Share of the exchange in the group's time by the formula, from 0 to 1."""
+
+    @property
+    def best_token_s(self) -> float:
+        """Seconds of the group for each token: by the table where there is one."""
+        return self.token_s if self.table_token_s is None else self.table_token_s
 
     @property
     def token_device_s(self) -> float:
-        """The price: seconds of one device for each token."""
-        return self.sp_degree * self.token_s
+        """The price: seconds of one device for each token, by the table where there is one."""
+        return self.sp_degree * self.best_token_s
 
 
 def policies(profile: Profile) -> tuple[str | None, ...]:
@@ -103,11 +112,13 @@ def cost(profile: Profile, degree: int, tokens: int, policy: str | None = None) 
         return None
     group_s = profile.group_s(degree, [tokens], policy)
     exchange_s = tokens * profile.exchange_s_per_token(degree) + profile.latency_s(degree)
+    by_table = degree in profile.tables
     return Cost(
         sp_degree=degree,
         policy=policy,
         tokens=tokens,
         token_s=group_s / tokens,
+        table_token_s=profile.group_table_s(degree, [tokens], policy) / tokens if by_table else None,
         exchange_share=exchange_s / group_s if group_s else 0.0,
     )
 
@@ -116,6 +127,22 @@ def least_cost(profile: Profile, degree: int, tokens: int) -> Cost | None:
     """The cost under the policy that is soonest, without one where that is as soon; None where no policy holds it."""
     found = [each for policy in policies(profile) if (each := cost(profile, degree, tokens, policy)) is not None]
     return min(found, key=lambda each: each.token_s, default=None)  # the first of equals, and no policy is the first
+
+
+def formula_over_table(profile: Profile, degree: int) -> dict[int, float]:
+    """What the formula says over what was measured, at each length of the degree's table.
+
+    A table is of rows full of sequences of one length, so the formula is taken for such rows, as long as the longest.
+    """
+    table = profile.tables[degree]
+    found = {}
+    for tokens, measured_s in zip(table.lengths, table.seconds_per_token, strict=True):
+        row_tokens = table.lengths[-1] // tokens * tokens
+        work_s = profile.sequence_work_s(tokens) / tokens / degree
+        formula_s = work_s + profile.exchange_s_per_token(degree) + profile.latency_s(degree) / row_tokens
+        if measured_s > 0:
+            found[tokens] = formula_s / measured_s
+    return found
 
 
 def _pays_from_tokens(profile: Profile, degree: int, lower: tuple[int, ...], policy: str | None) -> int | None:

@@ -1,4 +1,4 @@
-"""A profile as a picture: what a token costs by length and degree, and how much of it is exchange."""
+"""A profile as a picture: what a token costs by length and degree, how much of it is exchange, what degrees hold."""
 
 from __future__ import annotations
 
@@ -39,19 +39,20 @@ def save_figure(profile: Profile, path: str | Path) -> None:
 
 
 def draw(profile: Profile) -> Figure:
-    """Time a token on the left, the share of the exchange on the right, over the length of one sequence alone.
+    """Time a token and the share of the exchange over the length of one sequence alone; on the right, tokens held.
 
     A line ends where memory ends. Where a policy holds more, it goes on as a thin line under the one that holds most.
+    Lines are the formula's; where a degree has a measured table, crosses are what that says.
 
     Raises:
         ValueError: matplotlib is missing, or no degree holds a sequence of 2 tokens.
     """
-    figure = drawing.new_figure(12, 6)
+    figure = drawing.new_figure(16.5, 6)
     from matplotlib.lines import Line2D
 
     if longest_tokens(profile) < 2:
         raise ValueError(f"{profile.name}: memory holds no sequence of 2 tokens; there is no line to draw")
-    panels = figure.subplots(1, 2)
+    *panels, capacity = figure.subplots(1, 3, width_ratios=[5, 5, 4])
     plain = crossovers(profile)
     lengths = _lengths(profile, plain)
     widest = policies(profile)[-1]
@@ -73,6 +74,10 @@ def draw(profile: Profile) -> Figure:
             panels[0].plot(first, pays.token_s, "o", **{**grey, "color": style["color"]}, markersize=14, zorder=5)
             label = "from here on sooner than every lower degree"
             keys["pays"] = Line2D([], [], ls="", marker="o", markersize=13, label=label, **grey)
+        if (table := profile.tables.get(found.sp_degree)) is not None:
+            measured: dict[str, Any] = {"ls": "", "marker": "x", "markersize": 9, "markeredgewidth": 2}
+            panels[0].plot(table.lengths, table.seconds_per_token, color=style["color"], zorder=6, **measured)
+            keys["table"] = Line2D([], [], color="0.3", label="measured table, of rows full of such", **measured)
         if beyond:
             label = f"thin: under {_plain(widest or '')}"
             keys["thin"] = Line2D([], [], color="0.3", linewidth=0.8, label=label)
@@ -82,6 +87,7 @@ def draw(profile: Profile) -> Figure:
     panels[1].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     for axes in panels:
         _length_axis(axes, lengths)
+    _draw_capacity(capacity, profile)
     columns = min(len(degrees), 7)
     figure.legend(handles=degrees, title="sp_degree", loc="outside lower left", ncols=columns, handlelength=3.2)
     figure.legend(handles=list(keys.values()), loc="outside lower right")
@@ -89,6 +95,27 @@ def draw(profile: Profile) -> Figure:
     title = f"{' '.join(profile.name.split())} ({source})"
     figure.suptitle("\n".join(textwrap.wrap(title, 110)), parse_math=False)
     return figure
+
+
+def _draw_capacity(axes: Axes, profile: Profile) -> None:
+    """Tokens that each degree holds, a line for each policy."""
+    names = [profile.degree_text(degree) for degree in profile.sp_degrees]
+    drawn: set[int] = set()
+    for index, policy in enumerate(reversed(policies(profile))):  # the one that holds most first, as it is the highest
+        held = [(at, profile.capacity_tokens(degree, policy)) for at, degree in enumerate(profile.sp_degrees)]
+        some = [(at, tokens) for at, tokens in held if tokens]  # a logarithmic axis has no 0
+        style = _style(index, str(0.7 * index / max(1, len(profile.memory.policies))))
+        axes.plot([at for at, _ in some], [tokens for _, tokens in some], **style, label=_plain(policy or "no policy"))
+        drawn |= {tokens for _, tokens in some}
+    axes.set_yscale("log", base=4)
+    ticks = [4**exponent for exponent in range(32) if min(drawn) <= 4**exponent <= max(drawn)] or sorted(drawn)
+    axes.set_yticks(ticks, [length_text(tokens) for tokens in ticks])
+    axes.set_yticks([], minor=True)
+    step = -(-len(names) // 8)  # so many have room side by side
+    axes.set_xticks(range(0, len(names), step), [name.replace(" ", "\n") for name in names[::step]])
+    axes.set(xlabel="sp_degree", ylabel="tokens (K = 1024)", title="Tokens that a degree holds")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(title="policy")
 
 
 def _lengths(profile: Profile, plain: Sequence[Crossover]) -> list[int]:
@@ -113,7 +140,7 @@ def _line(axes: Axes, costs: Sequence[Cost], value: str, style: dict[str, Any]) 
     axes.plot(tokens[-1:], values[-1:], "|", color=style["color"], markersize=14, markeredgewidth=2)
 
 
-def _style(index: int, colour: drawing.Colour) -> dict[str, Any]:
+def _style(index: int, colour: drawing.Colour | str) -> dict[str, Any]:
     return {
         "color": colour, "linestyle": LINES[index % len(LINES)], "marker": MARKERS[index % len(MARKERS)],
         "markersize": 6, "linewidth": 1.7,
@@ -126,6 +153,7 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
     ticks = [4**exponent for exponent in range(30) if lengths[0] <= 4**exponent <= lengths[-1]]
     axes.set_xticks(ticks, [length_text(tokens) for tokens in ticks])
     axes.set_xticks([], minor=True)
+    axes.tick_params(axis="x", labelsize=9)
     axes.set_xlabel("length of the sequence, tokens (K = 1024)")
     axes.grid(True, which="major", alpha=0.3)
 
