@@ -62,9 +62,11 @@ def main() -> None:
     ids = global_batch(len(sequences.lengths), config.train.batch_size, seed=0, step=0)
     lengths = sequences.lengths[ids]
     plans = make_plans(lengths, profile)
-    batch = PlannedBatch(step=0, sequence_ids=ids, lengths=lengths, plan=plans["flex"], source=sequences)
+    batch = PlannedBatch(
+        step=0, sequence_ids=ids, lengths=lengths, plan=plans["flex"], source=sequences, layouts=profile.layouts
+    )
 
-    groups.prepare(plans.values())
+    groups.prepare(plans.values(), profile.layouts)
     taken: dict[str, list[float]] = {name: [] for name in plans}
     timed_step(model, batch, groups)
     for turn in range(ROUNDS):
