@@ -23,6 +23,7 @@ from flexsp.parallel import GroupPool, RankError, StepResult
 from flexsp.parallel.clock import BusyClock, MicroBatchTime
 from flexsp.plans import Group, MicroBatch, Plan
 from flexsp.profile import Policy
+from flexsp.profiler.correct import LEAST
 from flexsp.train.learn import FILE, Learner, go_on, profile_sha256
 from flexsp.train.out_of_memory import HEADROOM, describe, is_out_of_memory, raised_activation_bytes
 from flexsp.train.ranks import joined_ranks
@@ -153,7 +154,8 @@ def learned_on_ranks(folder: str, peaks: list[int]) -> tuple[Profile | None, dic
     # the first rank works alone in the first micro-batch; both share the second
     busy = [[0.3, 0.5], [0.0, 0.4]][dist.get_rank()]
     times = tuple(MicroBatchTime(elapsed_s=1.0, busy_s=b) for b in busy)
-    new, metrics = learner.learn(batch, StepResult(loss=1.0, num_labels=1, times=times, kernels=frozenset()))
+    for _ in range(LEAST):
+        new, metrics = learner.learn(batch, StepResult(loss=1.0, num_labels=1, times=times, kernels=frozenset()))
     assert learner.profile == (new or base)
     return new, metrics
 
