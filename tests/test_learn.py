@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import flexsp
 from equality_ranks import pool
 from flexsp import Profile
 from flexsp.data import PlannedBatch
@@ -23,7 +24,8 @@ from flexsp.parallel import GroupPool, RankError, StepResult
 from flexsp.parallel.clock import BusyClock, MicroBatchTime
 from flexsp.plans import Group, MicroBatch, Plan
 from flexsp.profile import Policy
-from flexsp.train.learn import FILE, Learner, go_on, profile_sha256
+from flexsp.profiler.correct import BOUNDS, LEAST, corrected
+from flexsp.train.learn import FILE, WARM_UP, Learner, go_on, profile_sha256
 from flexsp.train.out_of_memory import HEADROOM, describe, is_out_of_memory, raised_activation_bytes
 from flexsp.train.ranks import joined_ranks
 from flexsp.watch.rows import METRICS, last_rows
@@ -33,11 +35,11 @@ from test_train import CONFIG
 
 def learned_from(base: Profile, folder: Path) -> Profile:
     """What a run in `folder` that started from `base` has saved."""
+    ratios = {"linear": 7.0}
     learned = replace(
-        base,
-        compute=replace(base.compute, linear_s=7.0),
+        corrected(base, ratios),
         memory=replace(base.memory, activation_bytes_per_token=17),
-        provenance={**base.provenance, "started_from_sha256": profile_sha256(base)},
+        provenance={**base.provenance, "started_from_sha256": profile_sha256(base), "correction": ratios},
     )
     learned.save(folder / FILE)
     return learned
@@ -58,6 +60,81 @@ def test_without_correction_it_takes_over_the_memory_estimate_alone(tmp_path):
     found = go_on(base, tmp_path, correct=False)
     assert found.memory.activation_bytes_per_token == 17
     assert found.compute == base.compute
+
+
+@pytest.mark.parametrize("ratio, rule", [('"7"', "without quotes"), ("-1", "above 0"), ("0", "above 0")])
+def test_a_learned_ratio_that_is_none_is_one_line_that_names_it(tmp_path, ratio, rule):
+    base = profile()
+    learned_from(base, tmp_path)
+    path = tmp_path / FILE
+    text = path.read_text()
+    assert text.count('"linear": 7.0') == 1
+    path.write_text(text.replace('"linear": 7.0', f'"linear": {ratio}'))
+    with pytest.raises(ValueError, match=rf"profile\.json: provenance: correction: linear=.*{rule}"):
+        go_on(base, tmp_path, correct=True)
+
+
+def alike_s(profile: Profile) -> float:
+    """What it says of the group that `started` trains: one batch does not tell its terms apart."""
+    return profile.group_s(1, [40, 50, 10])
+
+
+def started(base: Profile, folder: Path, slower: float, correct: bool = True) -> tuple[Profile, Profile]:
+    """What a process of a run on one rank plans with at first and at last, on a machine so much slower than `base`."""
+    plan = flexsp.plan([40, 50, 10], base, "static")
+    first = go_on(base, folder, correct)
+    with joined_ranks(10):
+        learner = Learner(base, first, GroupPool(), torch.device("cpu"), folder, correct)
+        for step in range(WARM_UP + LEAST):
+            batch = PlannedBatch(
+                step=step, sequence_ids=np.arange(3), lengths=np.array([40, 50, 10]), plan=plan, source=None
+            )
+            busy = [slower * micro_batch.groups[0].predicted_s for micro_batch in plan.micro_batches]
+            times = tuple(MicroBatchTime(elapsed_s=s + slower * base.compute.fixed_s, busy_s=s) for s in busy)
+            learner.learn(batch, StepResult(loss=1.0, num_labels=1, times=times, kernels=frozenset()))
+    return first, learner.profile
+
+
+def test_the_bound_is_of_the_run_however_often_it_is_started(tmp_path):
+    base = profile(1, capacity=100)
+    last = base
+    for _ in range(3):
+        first, learned = started(base, tmp_path, slower=1000.0)
+        assert first == last  # from its first step on, what the one before it had learned
+        assert learned.compute.linear_s == pytest.approx(BOUNDS[1] * base.compute.linear_s)
+        assert learned.provenance["correction"]["linear"] == pytest.approx(BOUNDS[1])
+        assert Profile.load(tmp_path / FILE) == learned
+        last = learned
+    _, learned = started(base, tmp_path, slower=1.0)
+    assert alike_s(learned) == pytest.approx(alike_s(base), rel=0.01)
+
+
+def test_memory_raised_meanwhile_and_times_corrected_are_both_kept(tmp_path):
+    base = profile(1, capacity=100)
+    _, learned = started(base, tmp_path, slower=4.0)
+    with joined_ranks(10):
+        learner = Learner(base, go_on(base, tmp_path, True), GroupPool(), torch.device("cpu"), tmp_path, correct=True)
+        learner.save_raised(20)
+    first, last = started(base, tmp_path, slower=2.0)
+    assert first.compute == learned.compute
+    assert alike_s(last) == pytest.approx(2.0 * alike_s(base), rel=0.03)
+    assert first.memory.activation_bytes_per_token == last.memory.activation_bytes_per_token == 20
+    uncorrected, _ = started(base, tmp_path, slower=2.0, correct=False)
+    assert uncorrected == replace(base, memory=first.memory)
+
+
+def test_what_another_run_learned_is_a_base_like_any_other(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run").mkdir()
+    measured = profile(1, capacity=100)
+    _, base = started(measured, tmp_path / "other", slower=4.0)
+    assert alike_s(base) == pytest.approx(4.0 * alike_s(measured), rel=0.03)
+    with joined_ranks(10):
+        learner = Learner(base, base, GroupPool(), torch.device("cpu"), tmp_path / "run", correct=True)
+        learner.save_raised(20)  # before anything was corrected
+    first, last = started(base, tmp_path / "run", slower=1.0)
+    assert first.compute == base.compute
+    assert alike_s(last) == pytest.approx(alike_s(base), rel=0.03)
 
 
 def test_failed_allocations_are_told_from_other_errors():
@@ -153,7 +230,8 @@ def learned_on_ranks(folder: str, peaks: list[int]) -> tuple[Profile | None, dic
     # the first rank works alone in the first micro-batch; both share the second
     busy = [[0.3, 0.5], [0.0, 0.4]][dist.get_rank()]
     times = tuple(MicroBatchTime(elapsed_s=1.0, busy_s=b) for b in busy)
-    new, metrics = learner.learn(batch, StepResult(loss=1.0, num_labels=1, times=times, kernels=frozenset()))
+    for _ in range(LEAST):
+        new, metrics = learner.learn(batch, StepResult(loss=1.0, num_labels=1, times=times, kernels=frozenset()))
     assert learner.profile == (new or base)
     return new, metrics
 

@@ -8,10 +8,15 @@ of a micro-batch) is predicted in seconds; the unknown is by what ratio it is of
 
 `own` is the part of the fixed cost that a rank spends inside its layers: launches, not gathers. The second equation
 takes what the ratios say of the groups, not what was measured: the slowest of many noisy groups takes longer than any
-of them does on average, and a micro-batch pays for that every time, so it belongs to its fixed cost. Equations are
-summed into normal equations that forget with time, each over its own seconds, far ones weighing less (Huber's weights),
-with a pull towards 1 for what the plans do not tell apart. The ratios are their solution within bounds: a recursive
-least squares fit that a stalled step cannot throw off. Pure: no clock, no ranks.
+of them does on average, and a micro-batch pays for that every time, so it belongs to its fixed cost.
+
+Tables were measured where the formula does not hold, so its ratios say nothing of them. A table has one ratio, that of
+its degree, from the same groups:
+
+    group        what its slowest rank was busy = ratio * seconds by its degree's table + own * fixed_s
+
+The ratios are what the last `WINDOW` steps agree upon (`flexsp.profiler.window`): a recursive fit in which each step's
+equations join and the oldest leave, so that no stalled step counts for longer. Pure: no clock, no ranks.
 """
 
 from __future__ import annotations
@@ -19,37 +24,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
-from scipy.optimize import lsq_linear
 
 from flexsp.lengths import LengthArray
-from flexsp.plans import Plan
+from flexsp.plans import Group, MicroBatch, Plan
 from flexsp.profile import FloatArray, Profile
+from flexsp.profiler.window import Agreed, Bounds, agree, middle
 
-FORGET = 0.97
-"""What a step's equations weigh one step later."""
 BOUNDS = (0.125, 8.0)
 """A ratio stays within these, whatever was measured."""
-PULL = (0.03 / 0.5) ** 2
-"""Weight of the equation `ratio = 1` relative to one group's: 3 % of noise a group, against ratios that are 0.5 off."""
+WINDOW = 64
+"""Steps that count, the older the less."""
+LEAST = 8
+"""Steps to have seen before ratios are taken from them: of fewer, three that were held up could be the most."""
 MOVED = 0.05
 """A new profile is made once a ratio has moved by this share."""
-USUAL_ERROR = 0.03
-"""Relative errors below this are never outliers."""
-MEMORY = 15
-"""Steps before, the median of whose usual errors says what is usual now."""
-STALL = 5.0
-"""A step whose errors are usually above what is usual by this factor is left out: a rank was held up by something..."""
-PATIENCE = 3
-"""...unless it is one of so many in a row: then the machine has changed..."""
-OLD = 0.05
-"""...and earlier equations are kept with this weight."""
-HELD_UP = 0.5
-"""Of a micro-batch's seconds: what it takes beyond its usual fixed cost by more than this weighs less."""
+MOST_GROUPS, MOST_MICRO_BATCHES = 64, 16
+"""Of a micro-batch and of a step, how many are kept at the most, spread evenly: the window's memory is bounded."""
 OWN = 2
-"""Place of `own` among the unknowns."""
+"""Place of `own` among the formula's terms; it is the last of the tables'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,143 +56,169 @@ class StepTimes:
     """By micro-batch and group: what the group's slowest rank was busy, waiting for other groups excluded."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Equations:
+    """What a micro-batch says of the ratios. G = its groups that are kept."""
+
+    formula: FloatArray
+    """(G, terms) predicted seconds."""
+    table: FloatArray
+    """(G, tables + 1) seconds by the table of a group's degree, and the fixed cost; zeros where there is no table."""
+    measured: FloatArray
+    """(G,) seconds; 0 where none was measured."""
+    elapsed_s: float
+
+
 class Correction:
     """The ratios of one run."""
 
-    def __init__(self, base: Profile) -> None:
-        """`base`: the profile that the ratios are relative to."""
+    def __init__(self, base: Profile, ratios: Mapping[str, float] | None = None) -> None:
+        """
+        Args:
+            base: the profile that the ratios are relative to, the one that the run started from.
+            ratios: what the run had learned before it was started again, of any term; they hold until `LEAST` steps
+                have been seen.
+        """
         self.base = base
         self._degrees = [d for d in base.sp_degrees if d > 1]
-        self.names = ("attention", "linear", "own", *(f"exchange {d}" for d in self._degrees))
-        self._normal = np.zeros((len(self.names), len(self.names)))
-        self._right = np.zeros(len(self.names))
-        self._fixed = np.zeros(2)  # weight and weighted sum of the fixed ratio
-        self._errors: deque[float] = deque(maxlen=MEMORY)
-        self._stalled = 0
-        self._ratios = np.ones(len(self.names))
-        self._ratios[OWN] = 0.0
-        self._fixed_ratio = 1.0
-        self._applied = self.ratios
+        self._tables = sorted(base.tables)
+        self._formula_names = ["attention", "linear", "own", *(f"exchange {d}" for d in self._degrees)]
+        self._formula_bounds = _bounds(len(self._formula_names), own=OWN)
+        self._table_bounds = _bounds(len(self._tables) + 1, own=len(self._tables))
+        self._steps: deque[list[_Equations]] = deque(maxlen=WINDOW)
+        learned = {} if ratios is None else ratios
+        self.ratios = {name: min(max(learned.get(name, 1.0), BOUNDS[0]), BOUNDS[1]) for name in self.names}
+        """By term, what measured seconds are over the base profile's."""
+        self.applied = self.ratios
+        """Those of the last profile that was made."""
 
     @property
-    def ratios(self) -> dict[str, float]:
-        """By term, what measured seconds are over the base profile's; `own` apart, which is a share of fixed_s."""
-        found = dict(zip(self.names, self._ratios.tolist(), strict=True))
-        del found["own"]
-        return {**found, "fixed": self._fixed_ratio}
+    def names(self) -> list[str]:
+        """Of the ratios: the formula's terms without `own`, which is a share of fixed_s, and the tables."""
+        formula = [name for name in self._formula_names if name != "own"]
+        return [*formula, "fixed", *(f"table {d}" for d in self._tables)]
 
     def observe(self, plan: Plan, lengths: LengthArray, times: StepTimes) -> Profile | None:
         """Takes in one step; the corrected profile where a ratio has moved since the last one, else None."""
-        rows = self._rows(plan, lengths)
-        pairs = [
-            (row, s)
-            for row, s in zip(chain.from_iterable(rows), chain.from_iterable(times.group_s), strict=True)
-            if s > 0.0
-        ]
-        if not pairs:
+        if not any(s > 0.0 for groups in times.group_s for s in groups):
             return None
-        x, y = np.array([row for row, _ in pairs]), np.array([s for _, s in pairs])
-        predicted = np.maximum(x @ self._ratios, 1e-9)
-        errors = np.abs(y / predicted - 1.0)
-        own_usual = 1.4826 * float(np.median(errors))
-        usual = max(USUAL_ERROR, float(np.median(self._errors)) if self._errors else own_usual)
-        if self._errors and own_usual > STALL * usual:
-            self._stalled += 1
-            if self._stalled < PATIENCE:
-                return None
-            usual = own_usual  # so it is from now on, and what came before hardly counts
-            self._errors.clear()
-            self._normal, self._right, self._fixed = (OLD * kept for kept in (self._normal, self._right, self._fixed))
-        self._stalled = 0
-        self._errors.append(own_usual)
-        weights = np.minimum(1.0, 2.0 * usual / np.maximum(errors, 1e-12)) / predicted**2
-        self._normal = FORGET * self._normal + (x * weights[:, None]).T @ x
-        self._right = FORGET * self._right + x.T @ (weights * y)
-        self._solve()
-        self._observe_fixed(rows, times)
-        now = self.ratios
-        if all(abs(now[name] / self._applied[name] - 1.0) <= MOVED for name in now):
+        measured = list(zip(plan.micro_batches, times.group_s, times.elapsed_s, strict=True))
+        kept = measured[_every(len(measured), MOST_MICRO_BATCHES)]
+        self._steps.append([self._equations(*one, lengths) for one in kept])
+        if len(self._steps) < LEAST:
             return None
-        self._applied = now
-        return corrected(self.base, now)
+        self.ratios = self._agreed()
+        if all(abs(self.ratios[name] / self.applied[name] - 1.0) <= MOVED for name in self.names):
+            return None
+        self.applied = self.ratios
+        return self.profile()
 
-    def _rows(self, plan: Plan, lengths: LengthArray) -> list[list[FloatArray]]:
-        """Predicted seconds by term, of every group of every micro-batch."""
-        compute, exchange = self.base.compute, self.base.exchange_s_per_token
-        rows: list[list[FloatArray]] = []
-        for micro_batch in plan.micro_batches:
-            policy = micro_batch.policy
-            factor = self.base.memory.policies[policy].compute_factor if policy else 1.0
-            rows.append([])
-            for group in micro_batch.groups:
-                degree, tokens = group.sp_degree, lengths[list(group.sequences)].astype(np.float64)
-                row = np.zeros(len(self.names))
-                row[0] = factor * compute.quadratic_s * float((tokens * tokens).sum()) / degree
-                row[1] = factor * compute.linear_s * float(tokens.sum()) / degree
-                row[OWN] = compute.fixed_s
-                if degree > 1:
-                    at = 3 + self._degrees.index(degree)
-                    row[at] = float(tokens.sum()) * exchange(degree) + self.base.latency_s(degree)
-                rows[-1].append(row)
-        return rows
+    def profile(self) -> Profile:
+        """The base profile, corrected by the ratios last applied."""
+        return corrected(self.base, self.applied)
 
-    def _solve(self) -> None:
-        """The ratios of all equations so far, within bounds."""
-        towards = np.ones(len(self.names))
-        towards[OWN] = 0.0
-        factor = np.linalg.cholesky(self._normal + PULL * np.eye(len(towards)))
-        right = np.linalg.solve(factor, self._right + PULL * towards)
-        low, high = np.full(len(towards), BOUNDS[0]), np.full(len(towards), BOUNDS[1])
-        low[OWN], high[OWN] = 0.0, 1.0
-        self._ratios = lsq_linear(factor.T, right, bounds=(low, high), method="bvls").x
+    def _equations(
+        self, micro_batch: MicroBatch, group_s: Sequence[float], elapsed_s: float, lengths: LengthArray
+    ) -> _Equations:
+        kept = list(zip(micro_batch.groups, group_s, strict=True))[_every(len(group_s), MOST_GROUPS)]
+        return _Equations(
+            formula=np.array([self._formula_s(group, micro_batch.policy, lengths) for group, _ in kept]),
+            table=np.array([self._table_s(group, micro_batch.policy, lengths) for group, _ in kept]),
+            measured=np.array([s for _, s in kept]),
+            elapsed_s=elapsed_s,
+        )
 
-    def _observe_fixed(self, rows: list[list[FloatArray]], times: StepTimes) -> None:
-        """The fixed cost: what a micro-batch took beyond what the ratios say of its slowest group."""
+    def _formula_s(self, group: Group, policy: str | None, lengths: LengthArray) -> FloatArray:
+        """(terms,) predicted seconds of a group."""
+        compute, degree = self.base.compute, group.sp_degree
+        factor = self.base.memory.policies[policy].compute_factor if policy else 1.0
+        tokens = lengths[list(group.sequences)].astype(np.float64)
+        row = np.zeros(len(self._formula_names))
+        row[0] = factor * compute.quadratic_s * float((tokens * tokens).sum()) / degree
+        row[1] = factor * compute.linear_s * float(tokens.sum()) / degree
+        row[OWN] = compute.fixed_s
+        if degree > 1:
+            at = OWN + 1 + self._degrees.index(degree)
+            row[at] = float(tokens.sum()) * self.base.exchange_s_per_token(degree) + self.base.latency_s(degree)
+        return row
+
+    def _table_s(self, group: Group, policy: str | None, lengths: LengthArray) -> FloatArray:
+        """(tables + 1,) seconds of a group by the table of its degree, and the fixed cost; zeros without a table."""
+        row = np.zeros(len(self._tables) + 1)
+        if group.sp_degree in self.base.tables:
+            of_group = lengths[list(group.sequences)].tolist()
+            row[self._tables.index(group.sp_degree)] = self.base.group_table_s(group.sp_degree, of_group, policy)
+            row[-1] = self.base.compute.fixed_s
+        return row
+
+    def _agreed(self) -> dict[str, float]:
+        """The ratios of all steps in the window."""
+        steps = [[np.concatenate(kind) for kind in zip(*((m.formula, m.table, m.measured) for m in step), strict=True)]
+                 for step in self._steps]  # fmt: skip
+        formula = agree([(x[y > 0], y[y > 0]) for x, _, y in steps], self._formula_bounds)
+        by_table = [(y > 0) & x.any(axis=1) for _, x, y in steps]
+        table = agree(
+            [(x[known], y[known]) for (_, x, y), known in zip(steps, by_table, strict=True)], self._table_bounds
+        )
+        found = dict(zip(self._formula_names, formula.ratios.tolist(), strict=True))
+        del found["own"]
+        tables = {f"table {d}": ratio for d, ratio in zip(self._tables, table.ratios.tolist(), strict=False)}
+        return {**found, "fixed": self._fixed(formula, table), **tables}
+
+    def _fixed(self, formula: Agreed, table: Agreed) -> float:
+        """The fixed cost: what micro-batches took beyond what the ratios say of their slowest group, in the median.
+
+        Of a group whose degree has a table, by that: the formula's error is no part of the fixed cost.
+        """
         fixed_s = self.base.compute.fixed_s
         if fixed_s <= 0.0:
-            return
-        without_own = np.where(np.arange(len(self.names)) == OWN, 0.0, self._ratios)
-        forget = FORGET ** (1.0 / len(times.elapsed_s))
-        for elapsed_s, groups in zip(times.elapsed_s, rows, strict=True):
-            slowest_s = max((float(row @ without_own) for row in groups), default=0.0)
-            ratio = min(max((elapsed_s - slowest_s) / fixed_s, BOUNDS[0]), BOUNDS[1])
-            usual = HELD_UP * elapsed_s / fixed_s  # noise is in proportion to the micro-batch, not to its fixed cost
-            weight = min(1.0, usual / max(abs(ratio - self._fixed_ratio), 1e-12)) if self._fixed[0] else 1.0
-            self._fixed = forget * self._fixed + weight * np.array([1.0, ratio])
-            weight_sum, ratio_sum = self._fixed + PULL
-            self._fixed_ratio = float(ratio_sum / weight_sum)
+            return 1.0
+        by_formula, by_table = formula.ratios.copy(), table.ratios.copy()
+        by_formula[OWN] = by_table[-1] = 0.0
+        found, weights = [], []
+        for weight, step in zip(np.minimum(formula.weights, table.weights), self._steps, strict=True):
+            for one in step:
+                group_s = np.where(one.table.any(axis=1), one.table @ by_table, one.formula @ by_formula)
+                found.append((one.elapsed_s - float(group_s.max())) / fixed_s)
+                weights.append(weight / len(step))
+        return min(max(middle(np.array(found), np.array(weights), 0.5), BOUNDS[0]), BOUNDS[1])
+
+
+def _bounds(terms: int, own: int) -> Bounds:
+    usual, low, high = np.ones(terms), np.full(terms, BOUNDS[0]), np.full(terms, BOUNDS[1])
+    usual[own], low[own], high[own] = 0.0, 0.0, 1.0
+    return Bounds(usual=usual, low=low, high=high)
+
+
+def _every(number: int, most: int) -> slice:
+    """At most so many of a number of items, spread evenly over them."""
+    return slice(None, None, -(-number // most))
 
 
 def corrected(base: Profile, ratios: Mapping[str, float]) -> Profile:
-    """`base` with every term multiplied by its ratio; tables in proportion to the formula at their lengths."""
-    exchange = {d: ratios[f"exchange {d}"] for d in base.sp_degrees if d > 1}
+    """`base` with every term, and every table, multiplied by its ratio; what has none stays."""
+    exchange = {d: ratios.get(f"exchange {d}", 1.0) for d in base.sp_degrees}
     compute, all_to_all = base.compute, base.all_to_all
-    new = replace(
+    return replace(
         base,
         compute=replace(
             compute,
-            quadratic_s=compute.quadratic_s * ratios["attention"],
-            linear_s=compute.linear_s * ratios["linear"],
-            fixed_s=compute.fixed_s * ratios["fixed"],
+            quadratic_s=compute.quadratic_s * ratios.get("attention", 1.0),
+            linear_s=compute.linear_s * ratios.get("linear", 1.0),
+            fixed_s=compute.fixed_s * ratios.get("fixed", 1.0),
         ),
         all_to_all=replace(
             all_to_all,
             bandwidth_bytes_per_s={d: v / exchange.get(d, 1.0) for d, v in all_to_all.bandwidth_bytes_per_s.items()},
             latency_s={d: v * exchange.get(d, 1.0) for d, v in all_to_all.latency_s.items()},
         ),
-        provenance={**base.provenance, "correction": dict(ratios)},
+        tables={
+            degree: replace(
+                table, seconds_per_token=tuple(s * ratios.get(f"table {degree}", 1.0) for s in table.seconds_per_token)
+            )
+            for degree, table in base.tables.items()
+        },
     )
-    tables = {
-        degree: replace(
-            table,
-            seconds_per_token=tuple(
-                seconds * new.group_s(degree, [s]) / base.group_s(degree, [s]) if base.group_s(degree, [s]) else seconds
-                for s, seconds in zip(table.lengths, table.seconds_per_token, strict=True)
-            ),
-        )
-        for degree, table in base.tables.items()
-    }
-    return replace(new, tables=tables)
 
 
 def times_of(plan: Plan, elapsed_s: Sequence[Sequence[float]], busy_s: Sequence[Sequence[float]]) -> StepTimes:

@@ -1,7 +1,8 @@
 """What a run learns about its profile: ratios of measured to predicted times, and memory that was underrated.
 
-The learned profile is saved as profile.json in the run's folder. It names the profile that it started from; a run that
-starts from the same one in the same folder goes on from what was learned.
+The learned profile is saved as profile.json in the run's folder. It names the profile that it started from, and has the
+ratios to that one; a run that starts from the same one in the same folder goes on from what was learned. Ratios are of
+the whole run, however often it was started: so are their bounds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from flexsp import jsonfields as jf
 from flexsp.data import PlannedBatch
 from flexsp.parallel import GroupPool, StepResult
 from flexsp.plans import Plan
@@ -36,7 +38,8 @@ FULL = 0.25
 """Of the room for activations that a rank must have been predicted to fill for its peak to count."""
 FILE = "profile.json"
 WORTH_SAYING = 0.25
-STARTED_FROM = "started_from_sha256"
+STARTED_FROM, RATIOS = "started_from_sha256", "correction"
+"""In the provenance of a learned profile: its name for the profile that it started from, and the ratios to it."""
 
 
 def profile_sha256(profile: Profile) -> str:
@@ -47,11 +50,16 @@ def profile_sha256(profile: Profile) -> str:
 def go_on(started_from: Profile, folder: Path, correct: bool, saved: Profile | None = None) -> Profile:
     """What an earlier run in `folder` learned, where it started from the same profile; else that profile itself.
 
+    Its seconds are made anew from the ratios, so that they are within bounds of what it started from, whoever wrote it.
+
     Args:
         started_from: the measured or given profile.
         folder: of the run.
         saved: what a checkpoint holds, where the folder holds nothing.
         correct: whether times are corrected; else only the memory estimate is taken over.
+
+    Raises:
+        ValueError: the learned profile cannot be read; the message names the file and the field.
     """
     path = folder / FILE
     learned = Profile.load(path) if os.path.exists(path) else saved
@@ -62,7 +70,21 @@ def go_on(started_from: Profile, folder: Path, correct: bool, saved: Profile | N
         log.info("profile: %s was learned from another profile and is not used", where)
         return started_from
     log.info("profile: going on from what the last run in this folder learned, %s", where)
-    return learned if correct else replace(started_from, memory=learned.memory)
+    if not correct:
+        return replace(started_from, memory=learned.memory)
+    times = Correction(started_from, _ratios(learned, where)).profile()
+    return replace(times, memory=learned.memory, provenance=learned.provenance)
+
+
+def _ratios(learned: Profile, where: str) -> dict[str, float]:
+    """By term, those of a learned profile; none where it learned of memory alone.
+
+    Raises:
+        ValueError: one is no positive number.
+    """
+    where = f"{where}: provenance: {RATIOS}"
+    ratios = jf.as_object(learned.provenance.get(RATIOS, {}), where)
+    return {name: jf.as_number(ratio, f"{where}: {name}", positive=True) for name, ratio in ratios.items()}
 
 
 class Learner:
@@ -97,7 +119,9 @@ class Learner:
         self._said: dict[str, float] = {}
         self.most_bytes = 0
         """On rank 0: the largest peak of any rank in any step."""
-        self._correction = Correction(profile) if correct else None
+        learned = profile.provenance.get(STARTED_FROM) == self._started_from
+        ratios = _ratios(profile, "profile") if learned else {}  # any others are another run's
+        self._correction = Correction(started_from, ratios) if correct else None
 
     def watch(self) -> None:
         """A step begins."""
@@ -226,4 +250,7 @@ class Learner:
         return path
 
     def _named(self, profile: Profile) -> Profile:
-        return replace(profile, provenance={**profile.provenance, STARTED_FROM: self._started_from})
+        ratios = self._correction.applied if self._correction is not None else {}
+        return replace(
+            profile, provenance={**profile.provenance, STARTED_FROM: self._started_from, RATIOS: dict(ratios)}
+        )
