@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import PreTrainedModel
 
 import flexsp
@@ -70,6 +71,10 @@ class Checkpoints:
         # what is written meanwhile must not get in the way of the step's own collectives
         timeout = datetime.timedelta(seconds=config.run.timeout_s)
         self._writers: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+        # one thread for all checkpoints: a new one each time, as torch's async_save has it, may get another heap of the
+        # C library each time, and what a checkpoint needs is then kept by one heap after the other
+        self._writer = ThreadPoolExecutor(1, "flexsp-checkpoint")
+        self._stager = BlockingAsyncStager()
         self._writing: tuple[int, Future[Any]] | None = None
         self._handed_back = True
         self._saved = -1
@@ -119,9 +124,10 @@ class Checkpoints:
         future: Future[Any] = Future()
         try:
             if self._config.checkpoint.asynchronous:
-                begun = async_save(tensors, storage_writer=DigestWriter(part), process_group=self._writers)
-                assert isinstance(begun, Future)
-                future = begun
+                copied = self._stager.stage(tensors)
+                future = self._writer.submit(
+                    save, copied, storage_writer=DigestWriter(part), process_group=self._writers
+                )
             else:
                 future.set_result(save(tensors, storage_writer=DigestWriter(part), process_group=self._writers))
         except (Exception, CheckpointException) as caught:  # of this rank, perhaps alone: `finish` tells the others
