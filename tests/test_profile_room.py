@@ -77,6 +77,7 @@ def run(folder: Path, script: str, *flags: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from /proc")
 def test_the_memory_said_beforehand_is_about_what_is_held(tmp_path):
