@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from flexsp.estimate import ModelShape
-from flexsp.estimate.memory import STATE_BYTES, model_state_bytes
+from flexsp.estimate.memory import STATE_BYTES
 from flexsp.estimate.shape import FP32_BYTES
 from flexsp.parallel import GroupPool
 from flexsp.parallel.policies import OFFLOAD
 from flexsp.profiler.make import ranks_per_node
 from flexsp.profiler.measure import PROBE_TOKENS
 from flexsp.profiler.memory import LEAST_MARGIN, held_now_bytes, memory_limit
-from flexsp.profiler.parts import needed_bytes, pinned_bytes
+from flexsp.profiler.parts import needed_bytes, pinned_bytes, states_and_gathered
 from flexsp.profiler.probe import largest_of_all
 from flexsp.train.failures import PATIENCE_S
 from flexsp.train.out_of_memory import OutOfMemoryError, is_out_of_memory
@@ -70,14 +70,14 @@ class Room:
         Raises:
             ValueError: says what there is, what is needed, and what would help.
         """
-        share, whole = model_state_bytes(self.shape, devices, self.dtype, 3)
-        share *= self.weight_bytes / FP32_BYTES
+        share, whole = states_and_gathered(self.shape, devices, self.dtype, self.weight_bytes)
         beside = whole + self.before_bytes
         room = self.limit_bytes * (1.0 - LEAST_MARGIN[self.device.type])
         if share + beside < room:
             return
         ways = []
-        left = room - self.before_bytes - model_state_bytes(self.shape, 2, self.dtype, 3)[1]  # beside what is gathered
+        _, gathered = states_and_gathered(self.shape, 2, self.dtype, self.weight_bytes)
+        left = room - self.before_bytes - gathered
         if left > 0:
             least = math.floor(share * devices / left) + 1
             ways.append(f"{'' if for_cluster else '--cluster NAME '}--num-devices {least} or more")
