@@ -93,7 +93,7 @@ def test_measuring_needs_less_where_weights_are_of_half_precision():
     from flexsp.estimate import model_shape
 
     shape = model_shape(small_config(num_hidden_layers=12, vocab_size=4096).to_dict())
-    assert needed_bytes(shape, 1, 2, weight_bytes=2) < 0.6 * needed_bytes(shape, 1, 2)
+    assert needed_bytes(shape, 1, weight_bytes=2) < 0.6 * needed_bytes(shape, 1)
 
 
 def runs_those_it_knows() -> list[str]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 import flexsp
 from flexsp import Profile
 from flexsp.cli.main import main
 from flexsp.estimate import model_shape
 from flexsp.parallel.model import check_model
+from flexsp.profiler.alike import check_alike
 from flexsp.profiler.parts import SMALL_VOCABULARY, build_part, needed_bytes, parts_of, read_model_config
 
 LLAMA = {
@@ -79,6 +81,32 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, message):
     assert not (tmp_path / "p.json").exists()
 
 
+EIGHT_B = {
+    **LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "ways"),
+    [
+        ([], r"num_devices=1,.*use --cluster NAME --num-devices \d+ or more, or \d+ ranks of as much memory, or"),
+        (["--cluster", "h100", "--num-devices", "2"], r"num_devices=2,.*; use --num-devices \d+ or more, or"),
+        (["--weights", "bfloat16"], r"\(8 bytes for each of 109,\d+,\d+,\d+ parameters"),
+    ],
+)
+def test_a_model_whose_states_do_not_fit_is_refused_before_anything_is_measured(tmp_path, capsys, flags, ways):
+    """109 billion parameters: 1.7 TB of model states, of which little is in one layer."""
+    (tmp_path / "config.json").write_text(json.dumps({**EIGHT_B, "num_hidden_layers": 500, "vocab_size": 256}))
+    flags = ["--memory-fraction", "0.5", *flags]
+    assert main(["profile", str(tmp_path), "--output", str(tmp_path / "p.json"), *flags]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert "GiB" in line
+    assert re.search(ways, line), line
+
+
 @pytest.mark.slow
 def test_a_model_too_large_for_the_ranks_at_hand_is_measured_for_a_cluster_that_holds_it(tmp_path, capsys):
     """1.7 billion parameters: 27 GB of model states, on one rank with a limit of half of this machine's memory."""
@@ -110,6 +138,67 @@ def test_a_broken_config_is_named(tmp_path, text, message):
     assert len(str(raised.value).splitlines()) == 1
 
 
+ALIKE = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "mixtral": {},
+    "qwen2": {},
+    "qwen2, all with a window": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+    "qwen3": {},
+    "gemma3_text": {"layer_types": ["full_attention"] * 7},
+    "qwen3_moe": {},
+    "smollm3": {},
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_models_whose_layers_are_alike_are_taken(kind):
+    config = config_of(kind.split(",")[0], ALIKE[kind])
+    check_alike(config, model_shape(config.to_dict()))
+
+
+UNLIKE = {
+    "gemma3_text": ({"num_hidden_layers": 26}, r"layer_types=.*\(22 x sliding_attention, 4 x full_attention\)"),
+    "gemma2": ({}, r"layer_types="),
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}, r"layer_types="),
+    "qwen2_moe": ({"mlp_only_layers": [0, 1, 2]}, r"mlp_only_layers=\[0, 1, 2\].*3 of 7 layers have no experts"),
+    "qwen3_moe": ({"decoder_sparse_step": 2}, r"decoder_sparse_step=2.*layers have no experts"),
+    "glm4_moe": ({"first_k_dense_replace": 1}, r"first_k_dense_replace=1"),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_models_whose_layers_differ_are_refused_by_the_field_that_says_so(kind):
+    fields, message = UNLIKE[kind]
+    config = config_of(kind, fields)
+    before = config.to_dict()
+    with pytest.raises(ValueError, match=message + r".*measure the whole model with flexsp train"):
+        check_alike(config, model_shape(config.to_dict()))
+    assert config.to_dict() == before
+
+
+def test_layers_that_no_known_field_tells_apart_are_found_by_their_parameters():
+    config = config_of("ernie4_5_moe", {"moe_layer_start_index": 1})
+    with pytest.raises(ValueError, match=r"moe_layer_start_index=1.*layer 1 has other parameters than layer 0"):
+        check_alike(config, model_shape(LLAMA))
+
+
+def test_the_command_refuses_layers_that_differ(tmp_path, capsys):
+    fields = {**LLAMA, "model_type": "gemma2"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["profile", str(tmp_path), "--output", str(tmp_path / "p.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "layer_types=" in line
+
+
+def config_of(kind: str, fields: dict[str, object]) -> PreTrainedConfig:
+    """A small config of another kind."""
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    return AutoConfig.for_model(
+        kind, **{name: v for name, v in {**LLAMA, **special, **fields}.items() if name != "model_type"}
+    )
+
+
 KINDS = {
     "llama": {},
     "qwen2": {},
@@ -138,13 +227,12 @@ def test_a_part_has_as_many_layers_and_as_large_a_vocabulary_as_asked(kind):
 
 
 def test_the_parts_tell_layers_and_head_apart_and_are_small():
-    shape = model_shape({**LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-                         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8})  # fmt: skip
+    shape = model_shape(EIGHT_B)
     parts = parts_of(shape)
     assert [part.layers for part in parts] == [3, 1, 1]
     assert [round(part.head * 128256) for part in parts] == [SMALL_VOCABULARY, SMALL_VOCABULARY, 128256]
     whole = 16 * shape.num_parameters
-    assert needed_bytes(shape, 1024, 2) < 0.4 * whole
-    assert needed_bytes(shape, 65536, 2) > needed_bytes(shape, 1024, 2)
+    assert needed_bytes(shape, 1024) < 0.4 * whole
+    assert needed_bytes(shape, 65536) > needed_bytes(shape, 1024)
     (only,) = parts_of(model_shape({**LLAMA, "vocab_size": 256, "num_hidden_layers": 2}))
     assert only.whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from flexsp.lengths import parse_tokens
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}: measuring needs torch and transformers; pip install 'flexsp[train]'") from None
+    from flexsp.train.failures import leave
+    from flexsp.train.out_of_memory import OutOfMemoryError
     from flexsp.train.profiling import ProfileRequest, profile_model
     from flexsp.train.ranks import first_to_say
 
@@ -69,6 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
         if first_to_say(str(error)):
             raise
         return 2
+    except OutOfMemoryError as error:
+        if first_to_say(str(error)):
+            print(f"flexsp profile: {error}", file=sys.stderr, flush=True)
+        leave(1)  # without the interpreter's own end, which may wait for ranks that are in a collective
 
 
 def _degrees(text: str | None) -> list[int]:

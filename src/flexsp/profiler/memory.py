@@ -112,6 +112,11 @@ def peak_fit(
     )
 
 
+def held_now_bytes(device: torch.device) -> int:
+    """What this rank holds now, as `PeakMeter` counts: on a CPU the process with all that it has loaded."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
+
+
 def shard_bytes(model: torch.nn.Module) -> int:
     """Bytes of this rank's shards of the parameters."""
     own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]

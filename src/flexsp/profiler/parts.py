@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from flexsp import jsonfields as jf
 from flexsp.estimate import ModelShape
+from flexsp.estimate.cluster import DTYPES
+from flexsp.estimate.memory import model_state_bytes
 from flexsp.estimate.shape import FP32_BYTES
-from flexsp.loss_chunks import LOGIT_BYTES, LOGITS_BYTES
-from flexsp.profiler.memory import OPTIMIZER_COPIES
+from flexsp.loss_chunks import LOGIT_BYTES, chunk_tokens
 from flexsp.profiler.points import Part
 
 FEW_LAYERS = 3
@@ -99,25 +101,61 @@ def build_part(
         ) from None
 
 
-def needed_bytes(shape: ModelShape, probe_tokens: int, itemsize: int, weight_bytes: int = 4) -> int:
-    """What measuring will hold on a rank at the most, about: the larger of the first part and the last.
+def needed_bytes(
+    shape: ModelShape, probe_tokens: int, dtype: str = "bfloat16", *, weight_bytes: int = 4, ranks: int = 1
+) -> int:
+    """What measuring will hold on a rank at the most, about, beside what the process holds before.
+
+    Of the first part and the last one the larger; of each the most of what its building holds, the optimizer's step
+    and the largest row. Each rank builds a part whole before it is sharded.
 
     Args:
         shape: of the whole model.
         probe_tokens: of a rank in the largest row.
-        itemsize: of a number as it is computed.
+        dtype: what is computed in.
         weight_bytes: of a parameter as it is kept.
+        ranks: over which a part is sharded.
     """
-    layer_token_bytes = sum(shape.kept_bytes_per_layer(itemsize).values())
     parts = parts_of(shape)
-    first, last = parts[0], parts[-1]
-
-    def states(part: Part) -> float:
-        ends = (shape.embedding_parameters + shape.head_parameters) * part.head
-        return (part.layers * shape.layer_parameters + ends) * weight_bytes * (2 + OPTIMIZER_COPIES)
 
     def held(part: Part, tokens: int) -> float:
-        logits = LOGIT_BYTES * min(tokens * shape.vocab_size * part.head, LOGITS_BYTES / FP32_BYTES)
-        return states(part) + tokens * part.layers * layer_token_bytes + logits
+        own = _shape_of(shape, part)
+        states, gathered = states_and_gathered(own, ranks, dtype, weight_bytes)
+        built = weight_bytes * (own.num_parameters + own.layer_parameters)  # a layer twice, on its way to its shards
+        logits = LOGIT_BYTES * own.vocab_size * min(tokens, chunk_tokens(own.vocab_size))
+        row = tokens * own.num_layers * layer_token_bytes(own, dtype) + logits
+        ends = FP32_BYTES * (own.embedding_parameters + own.head_parameters)  # gradients on their way to their shards
+        running = states / 2 + gathered + ends + row  # half of the states are weights and gradients
+        # the step has a temporary of a parameter each, and only the first part makes one
+        return max(built, running, states * 5 / 4 + gathered if part == parts[0] else 0.0)
 
-    return int(max(held(first, probe_tokens), held(last, min(probe_tokens, HEAD_TOKENS))))
+    return int(max(held(parts[0], probe_tokens), held(parts[-1], min(probe_tokens, HEAD_TOKENS))))
+
+
+def states_and_gathered(shape: ModelShape, devices: int, dtype: str, weight_bytes: int) -> tuple[float, float]:
+    """Bytes of the model states on each of so many devices, and of what each has whole.
+
+    Args:
+        shape: of the model, or a part.
+        devices: over which it is sharded.
+        dtype: what is computed in.
+        weight_bytes: of a parameter as it is kept.
+    """
+    share, whole = model_state_bytes(shape, devices, dtype, 3)
+    no_copy = devices == 1 and DTYPES[dtype] == weight_bytes  # the one shard is what is computed with
+    return share * weight_bytes / FP32_BYTES, 0.0 if no_copy else whole
+
+
+def pinned_bytes(shape: ModelShape, probe_tokens: int, dtype: str) -> int:
+    """What policy `offload` will hold on the host, about, of the largest row that is timed."""
+    layers = parts_of(shape)[0].layers
+    return probe_tokens * layers * layer_token_bytes(shape, dtype)
+
+
+def layer_token_bytes(shape: ModelShape, dtype: str) -> int:
+    """What a layer keeps of a token for its backward."""
+    return sum(shape.kept_bytes_per_layer(DTYPES[dtype]).values())
+
+
+def _shape_of(shape: ModelShape, part: Part) -> ModelShape:
+    return replace(shape, num_layers=part.layers, vocab_size=max(1, round(part.head * shape.vocab_size)))

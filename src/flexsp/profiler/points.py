@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -20,6 +21,9 @@ SHARES = (1, 4, 16)
 """A full row holds so many sequences: from a long one to many short ones."""
 SHORTEST = 16
 """Tokens of the shortest sequences that are timed."""
+FULL_ROW = 64 * 1024
+"""Tokens of a row that every degree fills, as far as its ranks hold as many. Beyond, a sequence's attention grows
+faster than the ranks that share it, see `row_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +63,21 @@ class Part:
     whole: bool = False
 
 
+def row_tokens(tokens: int, degree: int) -> int:
+    """Tokens of the longest row that is timed at a degree.
+
+    Above `FULL_ROW` as many as cost a rank no more attention than a row of degree 1, as one sequence: s^2 / degree =
+    tokens^2. So what is timed of a high degree takes no longer than of a low one; at degree 64 of 32K tokens a rank it
+    is still 4K tokens on each.
+    """
+    return min(tokens * degree, max(FULL_ROW, round(tokens * math.sqrt(degree))))
+
+
 def fit_points(tokens: int, degrees: Sequence[int]) -> list[Point]:
-    """Mixes that tell the terms of the cost model apart; none above `tokens` a rank."""
+    """Mixes that tell the terms of the cost model apart; none above `tokens` a rank, none above `row_tokens`."""
     points = [Point(1, (1,), count=4)]
     for degree in degrees:
-        row = tokens * degree
+        row = row_tokens(tokens, degree)
         for share in SHARES:
             length = max(1, row // share)
             if length >= SHORTEST or share == 1:
@@ -85,7 +99,7 @@ def held_out_mixes(tokens: int, degrees: Sequence[int], world_size: int, count: 
             if not fitting:  # the rest stays idle
                 break
             degree = draw.choice(fitting)
-            mix.append((degree, tuple(_drawn_row(draw, tokens * degree))))
+            mix.append((degree, tuple(_drawn_row(draw, row_tokens(tokens, degree)))))
             start += degree
         mixes.append(sorted(mix, key=lambda group: -group[0]))
     return mixes

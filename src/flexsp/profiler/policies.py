@@ -16,13 +16,13 @@ from flexsp.parallel.policies import OFFLOAD, policies_of
 from flexsp.profile import Policy
 from flexsp.profiler.memory import PeakFit
 from flexsp.profiler.points import SHARES, Mix, Point
-from flexsp.profiler.probe import Probe, timed_step
+from flexsp.profiler.probe import ENOUGH_S, Probe, timed_step
 from flexsp.track import Track
 
 log = logging.getLogger(__name__)
 
-PAIRS = 5
-"""Timings of a row, with and without."""
+LEAST_PAIRS, MOST_PAIRS = 3, 5
+"""Timings of a row, with and without; after `ENOUGH_S` of them no more than the least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,9 @@ def _pair(probe: Probe, under: ProbeUnder, row: Point) -> Pair:
     batches = [each.batch(row.mixes(probe.world_size)) for each in (probe, under)]
     for batch in batches:
         timed_step(probe.model, batch, probe.groups)
-    taken = [[timed_step(probe.model, batch, probe.groups) for batch in batches] for _ in range(PAIRS)]
+    taken: list[list[float]] = []  # the same on all ranks, so that all stop alike
+    while len(taken) < LEAST_PAIRS or (len(taken) < MOST_PAIRS and sum(map(sum, taken)) < ENOUGH_S):
+        taken.append([timed_step(probe.model, batch, probe.groups) for batch in batches])
     without_s, with_s = (statistics.median(each) for each in zip(*taken, strict=True))
     return Pair(point=row, without_s=without_s, with_s=with_s)
 

@@ -26,6 +26,8 @@ LEAST_REPEATS, MOST_REPEATS = 4, 10
 the slow ones are part of it, so that a median would be too low."""
 ENOUGH_S = 1.0
 """After so long a point is not timed more often than it must be."""
+LONG_S = 4.0
+"""After so long twice is enough: steps that take seconds are little disturbed by what takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class Probe:
         batch = self.batch(mixes)
         timed_step(self.model, batch, self.groups)
         taken: list[float] = []  # the same on all ranks, so that all stop alike
-        while len(taken) < LEAST_REPEATS or (len(taken) < MOST_REPEATS and sum(taken) < ENOUGH_S):
+        while more_repeats(taken):
             taken.append(timed_step(self.model, batch, self.groups))
         return sorted(taken)[:-1]
 
@@ -134,6 +136,13 @@ class Probe:
             f"{first}-{first + degree - 1}": max(everyone[first : first + degree])
             for first in range(0, self.world_size - degree + 1, degree)
         }
+
+
+def more_repeats(taken: Sequence[float]) -> bool:
+    """Whether a point is to be timed once more, after these seconds."""
+    if len(taken) < LEAST_REPEATS:
+        return len(taken) < 2 or sum(taken) < LONG_S
+    return len(taken) < MOST_REPEATS and sum(taken) < ENOUGH_S
 
 
 def timed_step(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flexsp.parallel import layouts_of
 from flexsp.profile import Layout
-from flexsp.profiler.points import Point
+from flexsp.profiler.points import Point, row_tokens
 from flexsp.profiler.probe import Probe
 from flexsp.track import Track
 
@@ -70,7 +70,7 @@ def name_of(layout: Layout) -> str:
 
 
 def _timed(probe: Probe, tokens: int, degree: int, candidates: Sequence[Layout]) -> list[tuple[Layout, float]]:
-    row = tokens * degree
+    row = row_tokens(tokens, degree)
     points = [Point(degree, (max(1, row // count),) * count) for count in ROWS]
     rounds: list[list[float]] = [[] for _ in candidates]
     for _ in range(ROUNDS):

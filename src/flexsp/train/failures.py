@@ -155,9 +155,7 @@ class Guard:
 
     def _hear(self, patience_s: float) -> int | None:
         """The status to end with, once another rank has said its line; None where it does not."""
-        until = time.monotonic() + patience_s
-        while (said := self._board.read("said")) is None and time.monotonic() < until:
-            time.sleep(0.1)
+        said = self._board.wait("said", patience_s)
         return None if said is None else int(said)
 
     def _find_out(self, kind: Kind, cause: str) -> int:

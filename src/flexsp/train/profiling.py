@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from flexsp.estimate import estimate_profile, load_cluster, model_shape
 from flexsp.parallel import GroupPool, powers_of_two
 from flexsp.profile import Profile
+from flexsp.profiler.alike import check_alike
 from flexsp.profiler.layers import measure_layers
-from flexsp.profiler.make import device_name, ranks_per_node
-from flexsp.profiler.measure import PROBE_TOKENS
-from flexsp.profiler.memory import memory_limit
+from flexsp.profiler.make import device_name
 from flexsp.profiler.mixed import fill_from_estimate, other_device
-from flexsp.profiler.parts import needed_bytes, read_model_config
-from flexsp.profiler.probe import largest_of_all
+from flexsp.profiler.parts import parts_of, read_model_config
 from flexsp.train.build import DTYPES
 from flexsp.train.display import Display
+from flexsp.train.profile_room import Room, saying_where_memory_ran_out
 from flexsp.train.ranks import joined_ranks
 
 log = logging.getLogger(__name__)
 
-LEAST_PROBE_TOKENS = 256
 TIMEOUT_S = 600.0
 
 
@@ -55,7 +51,8 @@ def profile_model(request: ProfileRequest) -> int:
     """Measures and saves; returns the exit status.
 
     Raises:
-        ValueError: bad flags, a model that cannot be run exactly, or one that does not fit.
+        ValueError: bad flags, a model that cannot be run exactly or by few of its layers, or one that does not fit.
+        OutOfMemoryError: memory ran out on a rank, the same on all of them.
     """
     if not 0 < request.memory_fraction <= 1:
         raise ValueError(
@@ -68,20 +65,21 @@ def profile_model(request: ProfileRequest) -> int:
     _check_writable(Path(request.output))
     transformers_logging.disable_progress_bar()
     config = read_model_config(request.model)
+    shape = model_shape(config.to_dict())
+    if not parts_of(shape)[0].whole:
+        check_alike(config, shape)
     cluster = None if request.cluster is None else load_cluster(request.cluster)
     with joined_ranks(TIMEOUT_S) as device, Display() as display:
         groups = GroupPool()
         world_size = dist.get_world_size()
         dtype = request.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        shape = model_shape(config.to_dict())
         degrees = request.sp_degrees or powers_of_two(world_size)
         weights_dtype, param_dtype = DTYPES[request.weights], DTYPES[dtype]
-        tokens = _probe_tokens(
-            request,
-            lambda n: needed_bytes(shape, n, param_dtype.itemsize, weights_dtype.itemsize),
-            device,
-            groups,
-        )
+        room = Room.of_ranks(shape, dtype, weights_dtype.itemsize, device, request.memory_fraction, groups)
+        if request.max_tokens_per_rank is None:  # else the profile's memory is artificial
+            devices = world_size if cluster is None else request.num_devices or cluster.num_devices
+            room.check_states(devices, for_cluster=cluster is not None)
+        tokens = room.probe_tokens(request.probe_tokens, request.max_tokens_per_rank, request.policies)
         log.info(
             "profile: %s, %s parameters, %d layers, on %d ranks (%s), in %s",
             config.model_type, f"{shape.num_parameters:,}", shape.num_layers, world_size, dist.get_backend(), dtype,
@@ -99,52 +97,29 @@ def profile_model(request: ProfileRequest) -> int:
             if doubt := other_device(device_name(device), cluster):
                 log.warning("profile: %s", doubt)
             degrees = sorted({1, *(d for d in degrees if d <= world_size)})
-        profile = measure_layers(
-            config,
-            groups,
-            sp_degrees=degrees,
-            probe_tokens=tokens,
-            device=device,
-            memory_fraction=request.memory_fraction,
-            param_dtype=param_dtype if param_dtype != weights_dtype else None,
-            weights_dtype=weights_dtype,
-            activation_checkpointing=request.activation_checkpointing,
-            shard_layers=request.shard_layers,
-            sharded_over=None if estimate is None else estimate.num_devices,
-            max_tokens_per_rank=request.max_tokens_per_rank,
-            policies=request.policies,
-            track=display.tell,
-        )
+        with saying_where_memory_ran_out(tokens):
+            profile = measure_layers(
+                config,
+                groups,
+                sp_degrees=degrees,
+                probe_tokens=tokens,
+                device=device,
+                memory_fraction=request.memory_fraction,
+                param_dtype=param_dtype if param_dtype != weights_dtype else None,
+                weights_dtype=weights_dtype,
+                activation_checkpointing=request.activation_checkpointing,
+                shard_layers=request.shard_layers,
+                sharded_over=None if estimate is None else estimate.num_devices,
+                max_tokens_per_rank=request.max_tokens_per_rank,
+                policies=request.policies,
+                track=display.tell,
+            )
         if estimate is not None:
             profile = fill_from_estimate(profile, estimate, doubt)
         if dist.get_rank() == 0:
             profile.save(request.output)
         _say(profile, request.output)
     return 0
-
-
-def _probe_tokens(
-    request: ProfileRequest, needed: Callable[[int], int], device: torch.device, groups: GroupPool
-) -> int:
-    """Tokens of the largest row, after saying what measuring will hold; fewer than by default where it must be."""
-    own, said = memory_limit(device, request.memory_fraction, ranks_per_node())
-    limit = -largest_of_all(-float(own), groups)  # of the rank with the least, so that all decide alike
-    tokens = request.probe_tokens or min(
-        PROBE_TOKENS[device.type], request.max_tokens_per_rank or PROBE_TOKENS[device.type]
-    )
-    while request.probe_tokens is None and needed(tokens) > limit and tokens >= 2 * LEAST_PROBE_TOKENS:
-        tokens //= 2
-    if needed(tokens) > limit:
-        raise ValueError(
-            f"--probe-tokens={tokens}: measuring would hold about {needed(tokens) / 2**30:.1f} GiB a rank, and there "
-            f"are {limit / 2**30:.1f} ({said}); measure fewer tokens or on devices of more memory"
-        )
-    log.info(
-        "profile: rows of up to %s tokens a rank; measuring will hold about %.1f of %.1f GiB a rank, and at most %.1f "
-        "where larger rows tell how memory grows",
-        f"{tokens:,}", needed(tokens) / 2**30, limit / 2**30, max(needed(tokens), limit / 2) / 2**30,
-    )  # fmt: skip
-    return tokens
 
 
 def _check_writable(output: Path) -> None:

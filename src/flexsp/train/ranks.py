@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -114,6 +115,13 @@ class Board:
         if not self._ask(lambda store: store.check([self._prefix + key])):
             return None
         return self._ask(lambda store: json.loads(store.get(self._prefix + key)))
+
+    def wait(self, key: str, patience_s: float) -> Any:
+        """What was posted, once it is; None where nothing was for so long."""
+        until = time.monotonic() + patience_s
+        while (said := self.read(key)) is None and time.monotonic() < until:
+            time.sleep(0.1)
+        return said
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         if self._store is None:

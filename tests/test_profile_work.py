@@ -1,0 +1,51 @@
+"""How much `flexsp profile` computes: no high degree may take much longer than a low one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flexsp.estimate import model_shape
+from flexsp.profiler.points import FULL_ROW, fit_points, held_out_mixes, row_tokens
+from flexsp.profiler.probe import LEAST_REPEATS, MOST_REPEATS, more_repeats
+from flexsp.profiler.work import planned_flops
+
+EIGHT_B = Path(__file__).parent.parent / "examples/models/llama-3-8b.json"
+
+
+def test_a_row_costs_no_rank_more_attention_than_one_of_degree_1_or_is_short():
+    for degree in (1, 2, 4, 8, 64, 1024):
+        assert row_tokens(2048, degree) == min(2048 * degree, FULL_ROW)  # as on a CPU: filled
+        row = row_tokens(32768, degree)
+        assert row <= 32768 * degree
+        assert row == FULL_ROW or row**2 / degree <= 1.001 * 32768**2
+    assert row_tokens(32768, 64) == 8 * 32768
+
+
+def test_no_point_and_no_held_out_row_is_longer():
+    degrees = [1, 2, 4, 8, 16, 32, 64]
+    mixes = [[(p.degree, p.lengths)] for p in fit_points(32768, degrees)] + held_out_mixes(32768, degrees, 64, 20)
+    assert all(sum(lengths) <= row_tokens(32768, degree) for mix in mixes for degree, lengths in mix)
+
+
+def test_long_steps_are_timed_twice_and_short_ones_often():
+    def repeats(seconds: float) -> int:
+        taken: list[float] = []
+        while more_repeats(taken):
+            taken.append(seconds)
+        return len(taken)
+
+    assert [repeats(s) for s in (0.001, 0.5, 3.0, 60.0)] == [MOST_REPEATS, LEAST_REPEATS, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "policies", "most"),
+    [(1, (), 10e15), (1, ("selective", "full", "offload"), 35e15), (8, (), 26e15), (64, (), 40e15)],
+)
+def test_an_8b_model_is_measured_within_a_stated_number_of_flops_a_rank(world_size, policies, most):
+    shape = model_shape(json.loads(EIGHT_B.read_text()))
+    degrees = [1 << power for power in range(world_size.bit_length())]
+    counted = planned_flops(shape, 32768, degrees, world_size, lambda degree: degree.bit_length(), policies)
+    assert 0.9 * most < counted < most
