@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data_ranks
 import small_tokenizers
-from flexsp.data import DataOptions, TokenStore, formats, indexing, open_corpus, sources
+from flexsp.data import DataOptions, TokenStore, formats, indexing, open_corpus, shards, sources
 
 DRAW = random.Random(0)
 ROWS = [[DRAW.randrange(1000) for _ in range(DRAW.randrange(1, 40))] for _ in range(300)]
@@ -55,7 +56,11 @@ def shards_of(corpus: TokenStore) -> list[Path]:
 
 
 def contents(corpus: TokenStore) -> list[dict[str, bytes]]:
-    return [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in shards_of(corpus)]
+    """Of all shards, but when they were written."""
+    return [
+        {file.name: file.read_bytes() for file in folder.iterdir() if file.name != shards.CHECKED}
+        for folder in shards_of(corpus)
+    ]
 
 
 def test_a_large_file_is_many_shards_and_is_built_once(tmp_path, opened):
@@ -129,6 +134,68 @@ def test_settings_and_tokenizers_have_stores_of_their_own(tmp_path, opened):
     for options in ({"tokenizer": str(tmp_path / "other")}, {"tokenizer": str(tmp_path / "one"), "eos": False}):
         corpus = opened(path, **options)
         assert corpus.num_made == len(shards_of(corpus)) and corpus.fingerprint != one.fingerprint
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x40
+    path.write_bytes(content)
+
+
+MASKED = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ROWS if len(row) > 1]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "labels.bin", "offsets.npy", "largest.npy", "rows.npy"])
+@pytest.mark.parametrize("where", [9, -3])
+def test_a_flipped_bit_is_noticed_and_mended(tmp_path, opened, caplog, name, where):
+    """In a header of .npy, too, of which numpy raises what it likes."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"input_ids": []}, *MASKED]))
+    before = opened(path)
+    files = contents(before)
+    flip(shards_of(before)[0] / name, where)
+    after = opened(path)
+    assert after.num_made == 1 and contents(after) == files
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"data: {shards_of(before)[0]} is damaged and is made anew"
+    ]
+
+
+def test_offsets_of_another_shard_are_noticed(tmp_path, opened):
+    path = write_rows(tmp_path / "rows.jsonl")
+    before = opened(path)
+    target = shards_of(before)[3] / "offsets.npy"
+    offsets = np.load(target)
+    offsets[1] = -5
+    np.save(target, offsets)
+    after = opened(path)
+    assert after.num_made == 1 and documents(after) == ROWS
+
+
+def test_tokens_are_read_for_their_digests_once(tmp_path, opened, monkeypatch, caplog):
+    path = write_rows(tmp_path / "rows.jsonl")
+    total = len(shards_of(opened(path)))
+    read: list[str] = []
+    honest = shards._digest
+    monkeypatch.setattr(shards, "_digest", lambda path: (read.append(path.name), honest(path))[1])
+
+    def read_by_a_start() -> int:
+        read.clear()
+        assert documents(opened(path)) == ROWS
+        return read.count("tokens.bin")
+
+    assert read_by_a_start() == 0  # the build knows what it wrote
+    shutil.move(tmp_path / "cache", tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "cache")
+    caplog.set_level("INFO")
+    assert read_by_a_start() == total and f"comparing {total} shards with their digests" in caplog.text
+    assert read_by_a_start() == 0
+    copied = contents(opened(path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for checked in (tmp_path / "cache").rglob(shards.CHECKED):
+        checked.unlink()
+    assert read_by_a_start() == 0 and "cannot be written: its tokens are not compared" in caplog.text
+    assert contents(opened(path)) == copied
 
 
 @pytest.mark.parametrize("fault", ["tokens", "head", "offsets", "catalog", "gone"])

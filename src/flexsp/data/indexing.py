@@ -3,7 +3,8 @@
 1. Look: where no file has changed and all shards are whole, there is nothing to do, and no lock is taken.
 2. Take the lock. The system frees it when its holder dies, and the next one goes on with the shards that are there.
 3. Read the files that have changed, for the digests of their parts.
-4. Make the missing shards, in this process or in workers, each written aside and renamed.
+4. Compare the shards that are there with their digests, where they are not known to be as they were written.
+5. Make the missing shards, in this process or in workers, each written aside and renamed.
 
 What the holder of the lock finds wrong it leaves in the lock's file, so that those that waited say the same and do not
 each try anew.
@@ -38,7 +39,7 @@ from flexsp.track import Track, silent
 
 log = logging.getLogger(__name__)
 
-FORMAT = "flexsp-store/1"
+FORMAT = "flexsp-store/2"
 """Another one makes other shards of the same files."""
 SHARDS, BUILDING, LOCKS = "shards", "building", "locks"
 HEAD_START_S = 1.0
@@ -110,11 +111,15 @@ def built(recipe: Recipe, track: Track = silent, patient: bool = False) -> Built
     try:
         catalog = Catalog(recipe.source, recipe.cache)
         if (found := _opened(recipe, catalog.known())) is not None:
-            return found
+            if _checked(found):
+                return found
+            if not os.access(recipe.cache, os.W_OK):  # each rank would read it all, at each start
+                log.warning("data: %s cannot be written: its tokens are not compared with their digests", recipe.cache)
+                return found
         if patient:
             time.sleep(HEAD_START_S)
         with _lock(recipe.cache / LOCKS / catalog.name):
-            if (found := _opened(recipe, catalog.known())) is not None:
+            if (found := _opened(recipe, catalog.known())) is not None and _checked(found):
                 return found
             return _build(recipe, catalog, track)
     except OSError as error:  # of the sources' files it would be a ValueError
@@ -155,6 +160,11 @@ def _opened(recipe: Recipe, pieces: Sequence[Piece] | None) -> Built | None:
     return Built(pieces, shards, 0)
 
 
+def _checked(found: Built) -> bool:
+    """Whether the tokens of all shards are known to be as they were written."""
+    return all(shard.is_checked() for shard in found.shards)
+
+
 def _build(recipe: Recipe, catalog: Catalog, track: Track) -> Built:
     """With the lock held."""
     began_s = said_s = time.monotonic()
@@ -162,7 +172,7 @@ def _build(recipe: Recipe, catalog: Catalog, track: Track) -> Built:
     if aside.exists():  # of a build that was killed
         shutil.rmtree(aside)
     pieces = catalog.renewed(track)
-    missing = _missing(recipe, pieces)
+    missing = _missing(recipe, pieces, track)
     if missing:
         log.info("data: %s: tokenizing %d of %d shards", recipe.source.name, len(missing), len(pieces))
     num_made = 0
@@ -185,19 +195,36 @@ def _build(recipe: Recipe, catalog: Catalog, track: Track) -> Built:
     return Built(found.pieces, found.shards, num_made)
 
 
-def _missing(recipe: Recipe, pieces: Sequence[Piece]) -> list[Piece]:
+def _missing(recipe: Recipe, pieces: Sequence[Piece], track: Track) -> list[Piece]:
     """The pieces without a whole shard, equal ones once; damaged shards are removed."""
     missing: dict[Path, Piece] = {}
+    unchecked: dict[Path, tuple[Piece, Shard]] = {}
+
+    def damaged(folder: Path, piece: Piece) -> None:
+        log.warning("data: %s is damaged and is made anew", folder)
+        shutil.rmtree(folder)
+        missing[folder] = piece
+
     for piece in pieces:
         folder = recipe.folder(piece)
         shard = open_shard(folder)
         if shard is not None:
             check_rows(recipe, piece, shard)
-            continue
-        if folder.exists():
-            log.warning("data: %s is damaged and is made anew", folder)
-            shutil.rmtree(folder)
-        missing.setdefault(folder, piece)
+            if not shard.is_checked():
+                unchecked[folder] = piece, shard
+        elif folder.exists():
+            damaged(folder, piece)
+        else:
+            missing.setdefault(folder, piece)
+    if unchecked:
+        log.info("data: %s: comparing %d shards with their digests", recipe.source.name, len(unchecked))
+    said_s = began_s = time.monotonic()
+    for (folder, (piece, shard)), say in track(list(unchecked.items()), "comparing"):
+        if not shard.check():
+            damaged(folder, piece)
+        if time.monotonic() > said_s + SAY_S:
+            said_s = time.monotonic()
+            say(f"{said_s - began_s:.0f} s")
     return list(missing.values())
 
 
