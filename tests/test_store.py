@@ -20,7 +20,7 @@ import pytest
 
 import data_ranks
 import small_tokenizers
-from flexsp.data import DataOptions, TokenStore, formats, indexing, open_corpus, shards, sources
+from flexsp.data import DataOptions, TokenStore, build_lock, formats, indexing, open_corpus, shards, sources
 
 DRAW = random.Random(0)
 ROWS = [[DRAW.randrange(1000) for _ in range(DRAW.randrange(1, 40))] for _ in range(300)]
@@ -333,30 +333,106 @@ def test_a_killed_build_is_gone_on_with_by_whoever_waits(tmp_path, opened):
     assert workers
 
 
-def test_who_waits_says_what_the_builder_found_wrong(tmp_path, opened):
+def lock_of(path: Path, cache: Path) -> Path:
+    recipe = indexing.Recipe(str(path), DataOptions(cache_dir=str(cache)))
+    return recipe.cache / indexing.LOCKS / indexing.Catalog(recipe.source, recipe.cache).name
+
+
+def wait_until(reached: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("on_broken", ["error", "skip"])
+def test_who_waits_for_the_same_says_what_the_builder_found_wrong(tmp_path, opened, caplog, on_broken):
+    """And whoever waits with other options tries it with those."""
     path = write_rows(tmp_path / "rows.jsonl")
-    recipe = indexing.Recipe(str(path), DataOptions(cache_dir=str(tmp_path / "cache")))
-    catalog = indexing.Catalog(recipe.source, recipe.cache)
     said: list[str] = []
 
     def wait() -> None:
         try:
-            opened(path)
+            said.append(f"{opened(path, on_broken=on_broken).num_made > 0}")
         except ValueError as error:
             said.append(str(error))
 
     waiter = threading.Thread(target=wait)
-    with pytest.raises(ValueError, match="row 3 is odd"), indexing._lock(recipe.cache / "locks" / catalog.name):
+    caplog.set_level("INFO")
+    recipe = indexing.Recipe(str(path), DataOptions(cache_dir=str(tmp_path / "cache")))
+    lock = lock_of(path, tmp_path / "cache")
+    with pytest.raises(ValueError, match="row 3 is odd"), build_lock.build_lock(lock, recipe.key):
         waiter.start()
-        deadline = time.monotonic() + 30
-        inode = (recipe.cache / "locks" / catalog.name).stat().st_ino
-        while "-> FLOCK" not in (locks := Path("/proc/locks").read_text()) or str(inode) not in locks:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: "waiting for another process" in caplog.text)
         raise ValueError("row 3 is odd")
     waiter.join(30)
-    assert said == ["row 3 is odd"]
+    assert said == ["row 3 is odd" if on_broken == "error" else "True"]
     assert documents(opened(path)) == ROWS  # who comes later tries anew
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from flexsp.data.build_lock import build_lock
+with build_lock(Path(sys.argv[1]), "key"):
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_a_builder_that_is_stopped_is_named_and_not_waited_for(tmp_path, opened, monkeypatch, caplog):
+    monkeypatch.setattr(build_lock, "STOPPED_S", 1.0)
+    monkeypatch.setattr(build_lock, "SAY_S", 0.5)
+    path = write_rows(tmp_path / "rows.jsonl")
+    lock = lock_of(path, tmp_path / "cache")
+    caplog.set_level("INFO")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        holder.send_signal(signal.SIGSTOP)
+        with pytest.raises(
+            build_lock.BuilderStoppedError,
+            match=rf"^data: process {holder.pid} on .*, which tokenizes the same source, has been stopped for 1 s",
+        ):
+            opened(path)
+        assert f"waiting for process {holder.pid} on " in caplog.text
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert documents(opened(path)) == ROWS
+
+
+def test_a_builder_of_another_machine_or_that_runs_is_waited_for(tmp_path, monkeypatch):
+    """Of another machine a process id says nothing, and it may be stopped a while."""
+    monkeypatch.setattr(build_lock, "STOPPED_S", 0.0)
+    states = iter(["here", *["there"] * 100])
+    path = tmp_path / "lock"
+    held: list[str] = []
+
+    def wait() -> None:
+        with build_lock.build_lock(path, "key"):
+            held.append("held")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build_lock, "_stands_still", lambda pid: True)
+        patched.setattr(build_lock, "_machine", lambda: next(states))
+        waiter = threading.Thread(target=wait)
+        with build_lock.build_lock(path, "key"):
+            waiter.start()
+            time.sleep(4 * build_lock.POLL_S)
+            assert waiter.is_alive() and held == []
+        waiter.join(30)
+    assert held == ["held"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_killed_and_the_build_ends(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(build_lock, "STOPPED_S", 1.0)
+    monkeypatch.setattr(indexing, "_begin_worker", data_ranks.begin_stopped_worker)
+    path = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"data.workers=1: a worker died \(killed, .*start again to go on there"):
+        opened(path, workers=1)
+    assert documents(opened(path)) == ROWS
 
 
 def test_one_rank_builds_and_all_see_the_same(ranks, tmp_path):

@@ -69,6 +69,7 @@ def open_corpus(
     Raises:
         ValueError: an unknown source, a file or row that cannot be read as what the options say, or a cache that cannot
             be written; the message is one line and names file and row.
+        BuilderStoppedError: the process that builds is on this machine and has been stopped for a minute.
     """
     recipe = Recipe(source, options or DataOptions(), model_path)
     return TokenStore(recipe, built(recipe, track, patient))
