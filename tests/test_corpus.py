@@ -185,6 +185,8 @@ def test_broken_rows_are_named_or_counted(tmp_path, opened, suffix, rows, messag
 LINES = [
     (b'{"input_ids": [', r"row 1: malformed JSON \(Expecting value at character 16\)"),
     (b"[1, 2]", r"row 1: no JSON object"),
+    (b'{"input_ids": [1], "input_ids": [2]}', r"row 1: malformed JSON \(the field 'input_ids' is there twice\); corr"),
+    (b'{"input_ids": [1], "a": {"b": 1, "c": 2, "b": 1}}', r"row 1: malformed JSON \(the field 'b' is there twice\)"),
     (b'{"ids": [1]}', r"row 1: there is no column 'input_ids'; it has \['ids'\]"),
     (b'{"input_ids": [1], "x": "\xff"}', r"row 1: not UTF-8 \(invalid start byte\)"),
     (b'{"input_ids": [1e3]}', r"row 1: input_ids holds 1000.0 and must"),
