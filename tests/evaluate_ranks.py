@@ -171,7 +171,7 @@ def config_of(folder: str, name: str, **sections: dict[str, Any]) -> Config:
         "eval": {"every": 3},
     }
     for section, changes in sections.items():
-        document[section] = {**document[section], **changes}
+        document[section] = {**document.get(section, {}), **changes}
     return parse_config(document)
 
 
