@@ -18,7 +18,7 @@ PART_BYTES = 2000
 BEGIN = indexing._begin_worker
 
 
-def begin_deadly_worker(source: str, options: DataOptions, model_path: str) -> None:
+def begin_deadly_worker(source: str, options: DataOptions, model_path: str, ends_by: int = signal.SIGKILL) -> None:
     """A worker that is killed at its third shard."""
     BEGIN(source, options, model_path)
     make, made = indexing._recipe.make, []
@@ -26,10 +26,15 @@ def begin_deadly_worker(source: str, options: DataOptions, model_path: str) -> N
     def deadly(piece: Any, part: Path) -> None:
         made.append(piece)
         if len(made) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), ends_by)
         make(piece, part)
 
     object.__setattr__(indexing._recipe, "make", deadly)
+
+
+def begin_stopped_worker(source: str, options: DataOptions, model_path: str) -> None:
+    """A worker that is stopped at its third shard."""
+    begin_deadly_worker(source, options, model_path, signal.SIGSTOP)
 
 
 def begin_slow_worker(source: str, options: DataOptions, model_path: str) -> None:

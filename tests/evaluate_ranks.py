@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from equality_ranks import make_batch, pool
+from flexsp.data import plans_ahead
 from flexsp.parallel import RankError, forward_backward, forward_only, prepare_model
 from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
@@ -169,7 +171,7 @@ def config_of(folder: str, name: str, **sections: dict[str, Any]) -> Config:
         "eval": {"every": 3},
     }
     for section, changes in sections.items():
-        document[section] = {**document[section], **changes}
+        document[section] = {**document.get(section, {}), **changes}
     return parse_config(document)
 
 
@@ -271,6 +273,19 @@ def planner_error(folder: str, planner: str, message: str) -> None:
         evaluation.after_step(3, given(), lambda: False)
     assert "\n" not in str(raised.value)
     dist.barrier()
+
+
+def evaluated_with_a_fallback(folder: str, planner: str, timeout_s: float) -> tuple[float, list[str], list[str]]:
+    """The loss, who planned which batch, and what rank 0 warns of."""
+    sections = {
+        "planner": {"name": f"slow_planners:{planner}", "timeout_s": timeout_s, "fallback": "batch-adaptive"},
+        "eval": {"batch_size": 5},
+    }
+    evaluation = evaluation_of(config_of(folder, f"fallback-{planner}", **sections))
+    warnings: list[str] = []
+    with patch.object(plans_ahead.log, "warning", lambda text, *given: warnings.append(text % given)):
+        found = evaluation.after_step(3, given(), lambda: False)
+    return found["eval_loss"], [plan.planner for plan in evaluation._plans], warnings
 
 
 def unwritable_error(folder: str) -> None:

@@ -94,3 +94,19 @@ def illegal(lengths, profile):
     """Forgets the last sequence."""
     made = flexsp.plan(lengths[:-1], profile)
     return replace(made, lengths_sha256=None, predicted_s=None)
+
+
+def latin1(lengths, profile):
+    """Writes more to stderr than a pipe holds, in another encoding, as a native library may."""
+    os.write(2, b"r\xe9sum\xe9\n" + b"x" * 200_000 + b"\n")
+    return flexsp.plan(lengths, profile)
+
+
+def latin1_and_dies(lengths, profile):
+    os.write(2, b"x" * 2_000_000 + b"\nr\xe9sum\xe9\n")
+    os._exit(3)
+
+
+def nan_at_the_third(lengths, profile):
+    made = flexsp.plan(lengths, profile)
+    return replace(made, predicted_s=float("nan")) if _third() else made

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import flexsp.data.corpus
 from flexsp.data import DataOptions, Overlong, TokenStore, apply_context_limit, open_corpus
 
 
@@ -103,6 +107,7 @@ ROWS = [
 
 
 def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
@@ -180,6 +185,8 @@ def test_broken_rows_are_named_or_counted(tmp_path, opened, suffix, rows, messag
 LINES = [
     (b'{"input_ids": [', r"row 1: malformed JSON \(Expecting value at character 16\)"),
     (b"[1, 2]", r"row 1: no JSON object"),
+    (b'{"input_ids": [1], "input_ids": [2]}', r"row 1: malformed JSON \(the field 'input_ids' is there twice\); corr"),
+    (b'{"input_ids": [1], "a": {"b": 1, "c": 2, "b": 1}}', r"row 1: malformed JSON \(the field 'b' is there twice\)"),
     (b'{"ids": [1]}', r"row 1: there is no column 'input_ids'; it has \['ids'\]"),
     (b'{"input_ids": [1], "x": "\xff"}', r"row 1: not UTF-8 \(invalid start byte\)"),
     (b'{"input_ids": [1e3]}', r"row 1: input_ids holds 1000.0 and must"),
@@ -224,3 +231,36 @@ def test_sources_that_cannot_be_read(tmp_path, opened):
         opened("wiki")
     with pytest.raises(ValueError, match=r"there is no column 'input_ids', 'text' or 'messages'; it has \['x'\]"):
         opened(write(tmp_path / "other.jsonl", [{"x": 1}]))
+
+
+def test_two_threads_read_more_shards_than_are_mapped_at_once(tmp_path, opened, monkeypatch):
+    """As the reader's thread does while an evaluation reads held-out documents of the same store."""
+    monkeypatch.setattr(flexsp.data.corpus, "MOST_MAPPED", 2)
+    for index in range(8):
+        write(tmp_path / "many" / f"{index}.jsonl", [{"input_ids": [index] * 5}])
+    corpus = opened(tmp_path / "many")
+    wrong: list[str] = []
+
+    def read(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(3000):
+            index = draw.randrange(8)
+            try:
+                tokens = corpus.read(index, 0, 5)[0].tolist()
+            except KeyError as error:
+                wrong.append(f"KeyError: {error}")
+                return
+            if tokens != [index] * 5:
+                wrong.append(f"document {index}: {tokens}")
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CONFIG_MAPPING
 
 import evaluate_ranks as on_ranks
-from flexsp.data import hold_out, open_corpus
+from flexsp.data import Sequences, hold_out, open_corpus
 from flexsp.train.build import build_sequences
 from flexsp.train.config import load_config, parse_config
 from flexsp.train.records import SEQUENCES
@@ -168,9 +169,7 @@ def test_no_piece_of_a_held_out_document_is_trained(tmp_path):
     assert sum(set(row) <= set(found[1]) for row in pieces) == 13
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("batch_size", [0, 5])
-def test_every_held_out_sequence_counts_once(ranks, folder, world_size, batch_size):
+def held_out_of(folder: Path) -> Sequences:
     config = parse_config(
         {
             "model": {"path": "x"},
@@ -179,10 +178,21 @@ def test_every_held_out_sequence_counts_once(ranks, folder, world_size, batch_si
             },
         }
     )  # fmt: skip
-    sequences = build_sequences(config, open_corpus(config.data.source, config.data), held_out=True)
-    expected = on_ranks.expected_loss(
+    return build_sequences(config, open_corpus(config.data.source, config.data), held_out=True)
+
+
+def loss_of(sequences: Sequences) -> float:
+    """Of one device."""
+    return on_ranks.expected_loss(
         [sequences.read(i, 0, n)[0].tolist() for i, n in enumerate(sequences.lengths.tolist())]
     )
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("batch_size", [0, 5])
+def test_every_held_out_sequence_counts_once(ranks, folder, world_size, batch_size):
+    sequences = held_out_of(folder)
+    expected = loss_of(sequences)
     for loss, mixed in ranks(world_size).run(
         on_ranks.evaluated, str(folder), f"once-{world_size}-{batch_size}", {"eval": {"batch_size": batch_size}}
     ):
@@ -236,6 +246,23 @@ def test_plans_are_made_anew_when_memory_turned_out_less(ranks, folder):
 )
 def test_a_planner_that_fails_is_one_line_on_all_ranks(ranks, folder, planner, message):
     ranks(2).run(on_ranks.planner_error, str(folder), planner, message)
+
+
+@pytest.mark.parametrize(
+    ("planner", "said"),
+    [("raises", "the planner failed"), ("illegal", "is illegal"), ("dies", "status 3"), ("stalls", "timeout_s=0.5")],
+)
+def test_with_a_fallback_a_planner_that_fails_is_a_warning(ranks, folder, planner, said):
+    expected = loss_of(held_out_of(folder))
+    first, second = ranks(2).run(
+        on_ranks.evaluated_with_a_fallback, str(folder), planner, 0.5 if planner == "stalls" else 300.0, timeout_s=120.0
+    )
+    for loss, planners, _ in (first, second):
+        assert abs(loss - expected) <= FP64 * expected
+        assert len(planners) > 2 and set(planners) == {"batch-adaptive"}
+    assert second[2] == [] and said in first[2][0]
+    assert first[2][0].startswith("evaluation after step 3, batch 0: ")
+    assert first[2][0].endswith("; planned by batch-adaptive instead")
 
 
 def test_a_row_that_cannot_be_written_is_an_error_on_all_ranks(ranks, folder):
@@ -322,6 +349,25 @@ def test_a_run_that_goes_on_writes_the_same_rows(ranks, runs):
     assert (runs / "again" / METRICS).read_text().count("\n") == STEPS + 3
     assert [row["step"] for row in written(runs / "again")] == [2, 5, 6, 5, 6]
     assert rows_that_count(runs / "again") == expected
+
+
+def test_an_evaluation_that_is_caught_up_is_in_the_row_of_its_step(ranks, runs):
+    """As after SIGTERM while the last step was evaluated."""
+    expected = rows_that_count(runs / "with")
+    shutil.copytree(runs / "with", runs / "caught")
+    scores = (runs / "caught" / "eval.jsonl").read_text().splitlines(keepends=True)
+    (runs / "caught" / "eval.jsonl").write_text("".join(scores[:-1]))
+    rows = [json.loads(line) for line in (runs / "caught" / METRICS).read_text().splitlines()]
+    loss = rows[-1].pop("eval_loss")
+    (runs / "caught" / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watch = {"watch": {"tensorboard": True}}
+    for _ in range(2):  # the second start has nothing to do
+        ranks(4).run(on_ranks.run_training, str(runs), "caught", watch, timeout_s=120)
+        assert (runs / "caught" / METRICS).read_text().count("\n") == STEPS + 1
+        assert rows_that_count(runs / "caught") == expected
+        assert len(written(runs / "caught")) == 3
+    events = EventAccumulator(str(runs / "caught" / "tensorboard")).Reload().Scalars("eval/eval_loss")
+    assert [(event.step, event.value) for event in events] == [(STEPS - 1, pytest.approx(loss))]
 
 
 def test_held_out_may_not_change_when_a_run_goes_on_and_eval_may(ranks, runs):

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data_ranks
 import small_tokenizers
-from flexsp.data import DataOptions, TokenStore, formats, indexing, open_corpus, sources
+from flexsp.data import DataOptions, TokenStore, build_lock, formats, indexing, open_corpus, shards, sources
 
 DRAW = random.Random(0)
 ROWS = [[DRAW.randrange(1000) for _ in range(DRAW.randrange(1, 40))] for _ in range(300)]
@@ -55,7 +56,11 @@ def shards_of(corpus: TokenStore) -> list[Path]:
 
 
 def contents(corpus: TokenStore) -> list[dict[str, bytes]]:
-    return [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in shards_of(corpus)]
+    """Of all shards, but when they were written."""
+    return [
+        {file.name: file.read_bytes() for file in folder.iterdir() if file.name != shards.CHECKED}
+        for folder in shards_of(corpus)
+    ]
 
 
 def test_a_large_file_is_many_shards_and_is_built_once(tmp_path, opened):
@@ -129,6 +134,68 @@ def test_settings_and_tokenizers_have_stores_of_their_own(tmp_path, opened):
     for options in ({"tokenizer": str(tmp_path / "other")}, {"tokenizer": str(tmp_path / "one"), "eos": False}):
         corpus = opened(path, **options)
         assert corpus.num_made == len(shards_of(corpus)) and corpus.fingerprint != one.fingerprint
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x40
+    path.write_bytes(content)
+
+
+MASKED = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ROWS if len(row) > 1]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "labels.bin", "offsets.npy", "largest.npy", "rows.npy"])
+@pytest.mark.parametrize("where", [9, -3])
+def test_a_flipped_bit_is_noticed_and_mended(tmp_path, opened, caplog, name, where):
+    """In a header of .npy, too, of which numpy raises what it likes."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"input_ids": []}, *MASKED]))
+    before = opened(path)
+    files = contents(before)
+    flip(shards_of(before)[0] / name, where)
+    after = opened(path)
+    assert after.num_made == 1 and contents(after) == files
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"data: {shards_of(before)[0]} is damaged and is made anew"
+    ]
+
+
+def test_offsets_of_another_shard_are_noticed(tmp_path, opened):
+    path = write_rows(tmp_path / "rows.jsonl")
+    before = opened(path)
+    target = shards_of(before)[3] / "offsets.npy"
+    offsets = np.load(target)
+    offsets[1] = -5
+    np.save(target, offsets)
+    after = opened(path)
+    assert after.num_made == 1 and documents(after) == ROWS
+
+
+def test_tokens_are_read_for_their_digests_once(tmp_path, opened, monkeypatch, caplog):
+    path = write_rows(tmp_path / "rows.jsonl")
+    total = len(shards_of(opened(path)))
+    read: list[str] = []
+    honest = shards._digest
+    monkeypatch.setattr(shards, "_digest", lambda path: (read.append(path.name), honest(path))[1])
+
+    def read_by_a_start() -> int:
+        read.clear()
+        assert documents(opened(path)) == ROWS
+        return read.count("tokens.bin")
+
+    assert read_by_a_start() == 0  # the build knows what it wrote
+    shutil.move(tmp_path / "cache", tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "cache")
+    caplog.set_level("INFO")
+    assert read_by_a_start() == total and f"comparing {total} shards with their digests" in caplog.text
+    assert read_by_a_start() == 0
+    copied = contents(opened(path))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for checked in (tmp_path / "cache").rglob(shards.CHECKED):
+        checked.unlink()
+    assert read_by_a_start() == 0 and "cannot be written: its tokens are not compared" in caplog.text
+    assert contents(opened(path)) == copied
 
 
 @pytest.mark.parametrize("fault", ["tokens", "head", "offsets", "catalog", "gone"])
@@ -266,30 +333,106 @@ def test_a_killed_build_is_gone_on_with_by_whoever_waits(tmp_path, opened):
     assert workers
 
 
-def test_who_waits_says_what_the_builder_found_wrong(tmp_path, opened):
+def lock_of(path: Path, cache: Path) -> Path:
+    recipe = indexing.Recipe(str(path), DataOptions(cache_dir=str(cache)))
+    return recipe.cache / indexing.LOCKS / indexing.Catalog(recipe.source, recipe.cache).name
+
+
+def wait_until(reached: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("on_broken", ["error", "skip"])
+def test_who_waits_for_the_same_says_what_the_builder_found_wrong(tmp_path, opened, caplog, on_broken):
+    """And whoever waits with other options tries it with those."""
     path = write_rows(tmp_path / "rows.jsonl")
-    recipe = indexing.Recipe(str(path), DataOptions(cache_dir=str(tmp_path / "cache")))
-    catalog = indexing.Catalog(recipe.source, recipe.cache)
     said: list[str] = []
 
     def wait() -> None:
         try:
-            opened(path)
+            said.append(f"{opened(path, on_broken=on_broken).num_made > 0}")
         except ValueError as error:
             said.append(str(error))
 
     waiter = threading.Thread(target=wait)
-    with pytest.raises(ValueError, match="row 3 is odd"), indexing._lock(recipe.cache / "locks" / catalog.name):
+    caplog.set_level("INFO")
+    recipe = indexing.Recipe(str(path), DataOptions(cache_dir=str(tmp_path / "cache")))
+    lock = lock_of(path, tmp_path / "cache")
+    with pytest.raises(ValueError, match="row 3 is odd"), build_lock.build_lock(lock, recipe.key):
         waiter.start()
-        deadline = time.monotonic() + 30
-        inode = (recipe.cache / "locks" / catalog.name).stat().st_ino
-        while "-> FLOCK" not in (locks := Path("/proc/locks").read_text()) or str(inode) not in locks:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: "waiting for another process" in caplog.text)
         raise ValueError("row 3 is odd")
     waiter.join(30)
-    assert said == ["row 3 is odd"]
+    assert said == ["row 3 is odd" if on_broken == "error" else "True"]
     assert documents(opened(path)) == ROWS  # who comes later tries anew
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from flexsp.data.build_lock import build_lock
+with build_lock(Path(sys.argv[1]), "key"):
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_a_builder_that_is_stopped_is_named_and_not_waited_for(tmp_path, opened, monkeypatch, caplog):
+    monkeypatch.setattr(build_lock, "STOPPED_S", 1.0)
+    monkeypatch.setattr(build_lock, "SAY_S", 0.5)
+    path = write_rows(tmp_path / "rows.jsonl")
+    lock = lock_of(path, tmp_path / "cache")
+    caplog.set_level("INFO")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        holder.send_signal(signal.SIGSTOP)
+        with pytest.raises(
+            build_lock.BuilderStoppedError,
+            match=rf"^data: process {holder.pid} on .*, which tokenizes the same source, has been stopped for 1 s",
+        ):
+            opened(path)
+        assert f"waiting for process {holder.pid} on " in caplog.text
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert documents(opened(path)) == ROWS
+
+
+def test_a_builder_of_another_machine_or_that_runs_is_waited_for(tmp_path, monkeypatch):
+    """Of another machine a process id says nothing, and it may be stopped a while."""
+    monkeypatch.setattr(build_lock, "STOPPED_S", 0.0)
+    states = iter(["here", *["there"] * 100])
+    path = tmp_path / "lock"
+    held: list[str] = []
+
+    def wait() -> None:
+        with build_lock.build_lock(path, "key"):
+            held.append("held")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build_lock, "_stands_still", lambda pid: True)
+        patched.setattr(build_lock, "_machine", lambda: next(states))
+        waiter = threading.Thread(target=wait)
+        with build_lock.build_lock(path, "key"):
+            waiter.start()
+            time.sleep(4 * build_lock.POLL_S)
+            assert waiter.is_alive() and held == []
+        waiter.join(30)
+    assert held == ["held"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stopped_is_killed_and_the_build_ends(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(build_lock, "STOPPED_S", 1.0)
+    monkeypatch.setattr(indexing, "_begin_worker", data_ranks.begin_stopped_worker)
+    path = write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"data.workers=1: a worker died \(killed, .*start again to go on there"):
+        opened(path, workers=1)
+    assert documents(opened(path)) == ROWS
 
 
 def test_one_rank_builds_and_all_see_the_same(ranks, tmp_path):

@@ -59,7 +59,7 @@ def parse(text: str, where: str) -> Any:
         ValueError: it is not JSON by RFC 8259, has a key twice, or is nested too deeply.
     """
     try:
-        document = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_constant)
+        document = json.loads(text, object_pairs_hook=each_once, parse_constant=_no_constant)
     except ValueError as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{where}: is not JSON ({said}); give a file written by flexsp or by hand as JSON") from None
@@ -90,11 +90,16 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: is nested too deeply; write it flatter") from None
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook`.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
     document = dict(pairs)
     if len(document) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the field {short(twice)} is there twice")
     return document
 

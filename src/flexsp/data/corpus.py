@@ -69,6 +69,7 @@ def open_corpus(
     Raises:
         ValueError: an unknown source, a file or row that cannot be read as what the options say, or a cache that cannot
             be written; the message is one line and names file and row.
+        BuilderStoppedError: the process that builds is on this machine and has been stopped for a minute.
     """
     recipe = Recipe(source, options or DataOptions(), model_path)
     return TokenStore(recipe, built(recipe, track, patient))
@@ -131,12 +132,12 @@ class TokenStore:
         return index, document - int(self._firsts[index])
 
     def _map(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        if index not in self._maps:
-            self._maps[index] = self._shards[index].map()
-            if len(self._maps) > MOST_MAPPED:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(index)
-        return self._maps[index]
+        # the reader's thread reads while an evaluation does: what one has in hand the other may drop from here
+        found = self._maps.pop(index, None) or self._shards[index].map()
+        self._maps[index] = found
+        while len(self._maps) > MOST_MAPPED:
+            self._maps.popitem(last=False)
+        return found
 
 
 def _left_out(recipe: Recipe, made: Built) -> Mapping[str, tuple[int, str]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from flexsp import jsonfields as jf
 from flexsp.data.rows import BadRow, Reason, Row
 
 PART_BYTES = 32 << 20
@@ -22,6 +23,7 @@ BATCH_ROWS, BATCH_BYTES = 256, 4 << 20
 MOST_ROW_BYTES = 1 << 30
 LOOKED_AT = 100
 """Rows at the start of a JSONL file whose columns are looked at."""
+DECODER = json.JSONDecoder(object_pairs_hook=jf.each_once)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +197,12 @@ def _lines(block: bytes) -> list[bytes]:
 def _parsed(line: bytes) -> Row:
     """The object in a line."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return BadRow(Reason.UTF8, f"not UTF-8 ({error.reason}); convert the file")
     except json.JSONDecodeError as error:
         return BadRow(Reason.JSON, f"malformed JSON ({error.msg} at character {error.colno}); correct the row")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets within brackets
+    except (ValueError, RecursionError) as error:  # a key twice; a number of thousands of digits; brackets in brackets
         return BadRow(Reason.JSON, f"malformed JSON ({_line(error)}); correct the row")
     return row if isinstance(row, dict) else BadRow(Reason.TYPE, "no JSON object; write {...}")
 

@@ -3,15 +3,12 @@
 1. Look: where no file has changed and all shards are whole, there is nothing to do, and no lock is taken.
 2. Take the lock. The system frees it when its holder dies, and the next one goes on with the shards that are there.
 3. Read the files that have changed, for the digests of their parts.
-4. Make the missing shards, in this process or in workers, each written aside and renamed.
-
-What the holder of the lock finds wrong it leaves in the lock's file, so that those that waited say the same and do not
-each try anew.
+4. Compare the shards that are there with their digests, where they are not known to be as they were written.
+5. Make the missing shards, in this process or in workers, each written aside and renamed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,13 +18,15 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from flexsp.data.build_lock import STOPPED_S, Stopped, build_lock
 from flexsp.data.catalog import Catalog, check_unchanged
 from flexsp.data.encode import Encoder
 from flexsp.data.options import ERROR, SKIP, DataOptions
@@ -38,10 +37,12 @@ from flexsp.track import Track, silent
 
 log = logging.getLogger(__name__)
 
-FORMAT = "flexsp-store/1"
+FORMAT = "flexsp-store/2"
 """Another one makes other shards of the same files."""
 SHARDS, BUILDING, LOCKS = "shards", "building", "locks"
 HEAD_START_S = 1.0
+LOOK_S = 1.0
+"""How often workers are looked at, whether they are stopped."""
 SAY_S = 5.0
 """How often a build says how far it is, where there is no bar."""
 
@@ -65,6 +66,12 @@ class Recipe:
     @cached_property
     def encoder(self) -> Encoder:
         return self.source.encoder(self.options, self.model_path)
+
+    @property
+    def key(self) -> str:
+        """A digest of all but the source's content that decides which shards are made, and which rows are errors."""
+        text = json.dumps([FORMAT, self.encoder.key, asdict(self.options)], default=str)
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
     def folder(self, piece: Piece) -> Path:
         """Where the shard of a piece lies."""
@@ -106,15 +113,20 @@ def built(recipe: Recipe, track: Track = silent, patient: bool = False) -> Built
     Raises:
         ValueError: a file cannot be read, a row is broken where that is an error, a worker died, or the cache cannot be
             written.
+        BuilderStoppedError: the process that builds, on this machine, has been stopped for long.
     """
     try:
         catalog = Catalog(recipe.source, recipe.cache)
         if (found := _opened(recipe, catalog.known())) is not None:
-            return found
+            if _checked(found):
+                return found
+            if not os.access(recipe.cache, os.W_OK):  # each rank would read it all, at each start
+                log.warning("data: %s cannot be written: its tokens are not compared with their digests", recipe.cache)
+                return found
         if patient:
             time.sleep(HEAD_START_S)
-        with _lock(recipe.cache / LOCKS / catalog.name):
-            if (found := _opened(recipe, catalog.known())) is not None:
+        with build_lock(recipe.cache / LOCKS / catalog.name, recipe.key):
+            if (found := _opened(recipe, catalog.known())) is not None and _checked(found):
                 return found
             return _build(recipe, catalog, track)
     except OSError as error:  # of the sources' files it would be a ValueError
@@ -155,6 +167,11 @@ def _opened(recipe: Recipe, pieces: Sequence[Piece] | None) -> Built | None:
     return Built(pieces, shards, 0)
 
 
+def _checked(found: Built) -> bool:
+    """Whether the tokens of all shards are known to be as they were written."""
+    return all(shard.is_checked() for shard in found.shards)
+
+
 def _build(recipe: Recipe, catalog: Catalog, track: Track) -> Built:
     """With the lock held."""
     began_s = said_s = time.monotonic()
@@ -162,7 +179,7 @@ def _build(recipe: Recipe, catalog: Catalog, track: Track) -> Built:
     if aside.exists():  # of a build that was killed
         shutil.rmtree(aside)
     pieces = catalog.renewed(track)
-    missing = _missing(recipe, pieces)
+    missing = _missing(recipe, pieces, track)
     if missing:
         log.info("data: %s: tokenizing %d of %d shards", recipe.source.name, len(missing), len(pieces))
     num_made = 0
@@ -185,19 +202,36 @@ def _build(recipe: Recipe, catalog: Catalog, track: Track) -> Built:
     return Built(found.pieces, found.shards, num_made)
 
 
-def _missing(recipe: Recipe, pieces: Sequence[Piece]) -> list[Piece]:
+def _missing(recipe: Recipe, pieces: Sequence[Piece], track: Track) -> list[Piece]:
     """The pieces without a whole shard, equal ones once; damaged shards are removed."""
     missing: dict[Path, Piece] = {}
+    unchecked: dict[Path, tuple[Piece, Shard]] = {}
+
+    def damaged(folder: Path, piece: Piece) -> None:
+        log.warning("data: %s is damaged and is made anew", folder)
+        shutil.rmtree(folder)
+        missing[folder] = piece
+
     for piece in pieces:
         folder = recipe.folder(piece)
         shard = open_shard(folder)
         if shard is not None:
             check_rows(recipe, piece, shard)
-            continue
-        if folder.exists():
-            log.warning("data: %s is damaged and is made anew", folder)
-            shutil.rmtree(folder)
-        missing.setdefault(folder, piece)
+            if not shard.is_checked():
+                unchecked[folder] = piece, shard
+        elif folder.exists():
+            damaged(folder, piece)
+        else:
+            missing.setdefault(folder, piece)
+    if unchecked:
+        log.info("data: %s: comparing %d shards with their digests", recipe.source.name, len(unchecked))
+    said_s = began_s = time.monotonic()
+    for (folder, (piece, shard)), say in track(list(unchecked.items()), "comparing"):
+        if not shard.check():
+            damaged(folder, piece)
+        if time.monotonic() > said_s + SAY_S:
+            said_s = time.monotonic()
+            say(f"{said_s - began_s:.0f} s")
     return list(missing.values())
 
 
@@ -212,9 +246,11 @@ def _makers(recipe: Recipe, aside: Path, missing: Sequence[Piece]) -> Iterator[I
     # workers are started afresh: a rank has threads, and a device that a fork would share
     context = multiprocessing.get_context("spawn")
     arguments = recipe.source_name, recipe.options, recipe.model_path
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=arguments) as pool:
         try:
-            yield pool.map(_make, missing, parts)
+            futures = [pool.submit(_make, *each) for each in zip(missing, parts, strict=True)]
+            yield _results(futures, set(multiprocessing.active_children()) - others)
         except BrokenProcessPool:
             raise ValueError(
                 f"data.workers={recipe.options.workers}: a worker died (killed, or out of memory); what it had done is "
@@ -222,6 +258,18 @@ def _makers(recipe: Recipe, aside: Path, missing: Sequence[Piece]) -> Iterator[I
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _results(futures: Sequence[Future[None]], workers: set[BaseProcess]) -> Iterator[None]:
+    """The results in order. A worker that has been stopped for long is killed, which breaks the pool."""
+    stopped = Stopped()
+    for future in futures:
+        while not wait([future], timeout=LOOK_S).done:
+            for worker in workers:
+                if worker.is_alive() and worker.pid is not None and stopped.for_long(worker.pid):
+                    log.warning("data: worker %d has been stopped for %.0f s: killed", worker.pid, STOPPED_S)
+                    worker.kill()
+        yield future.result()
 
 
 _recipe: Recipe
@@ -245,31 +293,3 @@ def _end_with_parent() -> None:
 
 def _make(piece: Piece, part: Path) -> None:
     _recipe.make(piece, part)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """The lock of one source, which one process of all that see the cache holds.
-
-    Raises:
-        ValueError: what another one found wrong while this one waited.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("data: waiting for another process, which tokenizes the same source")
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            if failure := file.read():
-                raise ValueError(failure) from None
-        file.truncate(0)
-        try:
-            yield
-        except ValueError as error:
-            file.write(str(error))
-            raise
-        except OSError as error:
-            file.write(f"{path.parent.parent}: cannot be written ({error.strerror or error})")
-            raise

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from flexsp.legality import violations
 from flexsp.lengths import LengthArray
 from flexsp.planner import plan as plan_here
+from flexsp.planner.degrees import policy_for
+from flexsp.planner.replay import predicted_anew
 from flexsp.planner.service import PlannerError, PlannerGoneError, PlanService
 from flexsp.plans import Plan
 from flexsp.profile import Profile
+from flexsp.simulate.cases import under_policy
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +36,13 @@ class PlansAhead:
     """The planner's process and the steps handed to it, in their order."""
 
     def __init__(
-        self, profile: Profile, planner: str, options: Mapping[str, Any], timeout_s: float, fallback: str = ""
+        self,
+        profile: Profile,
+        planner: str,
+        options: Mapping[str, Any],
+        timeout_s: float,
+        fallback: str = "",
+        what: str = "step",
     ) -> None:
         """
         Args:
@@ -41,11 +51,13 @@ class PlansAhead:
             options: for the planner.
             timeout_s: after which a plan that does not come is a failure.
             fallback: the planner that plans in this process what the other fails at; empty: a failure is an error.
+            what: what the numbers of steps count, for warnings.
         """
         self._service: PlanService | None = PlanService(profile, planner, options)
-        self._profile, self._timeout_s, self._fallback = profile, timeout_s, fallback
+        self._profile, self._timeout_s, self._fallback, self._what = profile, timeout_s, fallback, what
         self._restarts = 0
         self._steps: dict[int, tuple[LengthArray, Profile]] = {}
+        self._failed: dict[int, PlannerError] = {}  # by step, of those that have not asked
 
     def submit(self, step: int, lengths: LengthArray) -> None:
         """Hands over the (K,) lengths of a step."""
@@ -62,6 +74,7 @@ class PlansAhead:
     def forget(self) -> None:
         """Nobody wants the plans of the steps submitted and not taken."""
         self._steps.clear()
+        self._failed.clear()
         if self._service is not None:
             self._service.forget()
 
@@ -72,10 +85,17 @@ class PlansAhead:
             PlannerError: the planner failed at step `until`, and there is no fallback.
         """
         made: dict[int, Made] = {}
+        if until in self._failed:
+            raise self._failed.pop(until)
         for step in list(self._steps):
             if step > until and (self._service is None or not self._service.ready()):
                 break
-            made[step] = self._next(step)
+            try:
+                made[step] = self._next(step)
+            except PlannerError as error:
+                if step <= until:
+                    raise
+                self._failed[step] = error
         return made
 
     def close(self) -> None:
@@ -98,10 +118,19 @@ class PlansAhead:
         except PlannerError as error:
             if not self._fallback:
                 raise
-            log.warning("step %d: %s; planned by %s instead", step, error, self._fallback)
+            log.warning("%s %d: %s; planned by %s instead", self._what, step, error, self._fallback)
             if isinstance(error, PlannerGoneError):
                 self._restart()
-        return Made(plan_here(lengths, profile, self._fallback), time.perf_counter() - began, True)
+        return Made(self._planned_here(lengths, profile), time.perf_counter() - began, True)
+
+    def _planned_here(self, lengths: LengthArray, profile: Profile) -> Plan:
+        """By the fallback, which chooses no activation policy: where the longest needs one, all are under it."""
+        policy = policy_for(profile, int(lengths.max()))
+        if policy is None:
+            return plan_here(lengths, profile, self._fallback)
+        plan = plan_here(lengths, under_policy(profile, policy), self._fallback)
+        under = tuple(replace(micro_batch, policy=policy) for micro_batch in plan.micro_batches)
+        return predicted_anew(replace(plan, micro_batches=under), lengths, profile) if plan.has_plan else plan
 
     def _restart(self) -> None:
         assert self._service is not None

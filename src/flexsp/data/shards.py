@@ -5,7 +5,11 @@ labels.bin    as long, only where some label is not the token itself
 offsets.npy   (documents + 1,) where each document begins
 largest.npy   (documents,) its largest id
 rows.npy      (documents,) which row it was, only where rows were left out
-shard.json    sizes of the files, a digest of the content, and what was left out
+shard.json    sizes and digests of the files, a digest of the content, and what was left out
+checked.json  size and times that tokens.bin and labels.bin had when they were last found to be as written
+
+Files of numbers about documents are compared with their digests whenever a shard is opened. Those of tokens are large:
+they are read for that where size or times are not those of checked.json.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import numpy.typing as npt
 from flexsp.data.packing import IntArray
 from flexsp.data.rows import BadRow, Document
 
-HEAD = "shard.json"
+HEAD, CHECKED = "shard.json", "checked.json"
 TOKENS, LABELS, OFFSETS, LARGEST, ROWS = "tokens.bin", "labels.bin", "offsets.npy", "largest.npy", "rows.npy"
 TOKEN_TYPES = ("uint8", "uint16", "uint32")
 LABEL_TYPES = ("int8", "int16", "int32")
@@ -57,7 +61,8 @@ class Shard:
     """Of tokens, labels and where documents begin: two shards of one digest hold the same documents."""
     left_out: Mapping[str, LeftOut]
     """By reason."""
-    has_rows: bool
+    digests: Mapping[str, str]
+    """Of each file, by name."""
 
     def offsets(self) -> IntArray:
         """(documents + 1,) first tokens."""
@@ -69,7 +74,7 @@ class Shard:
 
     def row(self, document: int) -> int:
         """The row in the shard that a document was."""
-        return int(self._load(ROWS, self.documents)[document]) if self.has_rows else document
+        return int(self._load(ROWS, self.documents)[document]) if ROWS in self.digests else document
 
     def map(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """All tokens and labels, memory-mapped."""
@@ -77,6 +82,25 @@ class Shard:
         if self.label_type is None:
             return tokens, tokens
         return tokens, np.memmap(self.folder / LABELS, dtype=self.label_type, mode="r", shape=(self.tokens,))
+
+    def is_checked(self) -> bool:
+        """Whether tokens and labels are what they were when they were last compared with their digests."""
+        return bool(read_sealed(self.folder / CHECKED) == self._stats())
+
+    def check(self) -> bool:
+        """Reads tokens and labels and compares them with their digests; where they are as written, that is noted.
+
+        Raises:
+            OSError: it cannot be read or noted.
+        """
+        stats = self._stats()  # before: what changes meanwhile is read again
+        if not all(_digest(self.folder / name) == self.digests[name] for name in stats):
+            return False
+        write_sealed(self.folder / CHECKED, stats)
+        return True
+
+    def _stats(self) -> dict[str, list[int]]:
+        return _stats(self.folder, [name for name in (TOKENS, LABELS) if name in self.digests])
 
     def _load(self, name: str, count: int) -> npt.NDArray[Any]:
         found: npt.NDArray[Any] = np.load(self.folder / name, allow_pickle=False)
@@ -195,16 +219,17 @@ class ShardWriter:
             arrays[ROWS] = np.array(self._rows, dtype=np.int64)
         for name, array in arrays.items():
             np.save(self._part / name, array, allow_pickle=False)
+        digests = {name: _digest(self._part / name) for name in (*columns, *arrays)}
         digest = hashlib.sha256(json.dumps([column.type for column in columns.values()]).encode())
         for name in (*columns, OFFSETS):
-            with open(self._part / name, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(digests[name]))
         body = {
             "documents": len(self._rows), "tokens": self._offsets[-1], "token_type": self._tokens.type,
             "label_type": None if self._labels is None else self._labels.type, "digest": digest.hexdigest(),
             "left_out": {reason: [count, first] for reason, (count, first) in self._left_out.items()},
-            "files": {name: (self._part / name).stat().st_size for name in (*columns, *arrays)},
+            "files": {name: [(self._part / name).stat().st_size, each] for name, each in digests.items()},
         }  # fmt: skip
+        write_sealed(self._part / CHECKED, _stats(self._part, list(columns)))
         write_sealed(self._part / HEAD, body)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -216,13 +241,16 @@ class ShardWriter:
 
 
 def open_shard(folder: Path) -> Shard | None:
-    """A whole shard; None where it is missing or damaged."""
+    """A whole shard; None where it is missing or damaged. What its tokens are `Shard.check` looks at."""
     body = read_sealed(folder / HEAD)
     if body is None:
         return None
     try:
-        if any((folder / name).stat().st_size != size for name, size in body["files"].items()):
-            return None
+        for name, (size, digest) in body["files"].items():
+            if (folder / name).stat().st_size != size:
+                return None
+            if name not in (TOKENS, LABELS) and _digest(folder / name) != digest:
+                return None
     except OSError:
         return None
     left_out = {
@@ -237,8 +265,19 @@ def open_shard(folder: Path) -> Shard | None:
         label_type=body["label_type"],
         digest=body["digest"],
         left_out=left_out,
-        has_rows=ROWS in body["files"],
+        digests={name: digest for name, (_, digest) in body["files"].items()},
     )
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stats(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """Size, and the times of content and entry in nanoseconds, by name."""
+    found = {name: (folder / name).stat() for name in names}
+    return {name: [each.st_size, each.st_mtime_ns, each.st_ctime_ns] for name, each in found.items()}
 
 
 def write_sealed(path: Path, body: Mapping[str, Any]) -> None:

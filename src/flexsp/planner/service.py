@@ -30,6 +30,10 @@ JOIN_S = 5.0
 """How long the end of a thread is waited for that reads from a dead child, whose own children may hold its pipes."""
 
 
+KEPT_BYTES = 4096
+"""Of what the planner printed, for the error if it ends."""
+
+
 class PlannerError(RuntimeError):
     """The planner's process failed; the message says how."""
 
@@ -152,11 +156,13 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         self._outbox: queue.Queue[str | None] = queue.Queue()  # a pipe is small: writing must not wait for the planner
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._peeked: deque[str | None] = deque()
-        self._errors: list[str] = []
+        self._last_said = b""
         self._threads = [
             threading.Thread(target=target, daemon=True) for target in (self._write, self._read, self._read_errors)
         ]
@@ -187,7 +193,7 @@ class _Process:
         if text is None:
             self._answers.put(None)  # it stays so
             self._threads[-1].join(timeout=JOIN_S)
-            said = " ".join("".join(self._errors[-20:]).split())[-400:]
+            said = " ".join(self._last_said.decode("utf-8", "replace").split())[-400:]
             raise PlannerGoneError(f"the planner's process ended with status {self._status()}: {said or 'no word'}")
         try:
             return json.loads(text)
@@ -225,13 +231,17 @@ class _Process:
 
     def _read(self) -> None:
         assert self._child.stdout is not None
-        for line in self._child.stdout:
-            self._answers.put(line)
-        self._answers.put(None)
+        try:
+            for line in self._child.stdout:
+                self._answers.put(line)
+        finally:  # whatever ended it: else one would wait for an answer
+            self._answers.put(None)
 
     def _read_errors(self) -> None:
+        """All of it, or the child would wait; the end of it is kept. It may be any bytes, and without end."""
         assert self._child.stderr is not None
-        self._errors.extend(self._child.stderr)
+        while read := os.read(self._child.stderr.fileno(), 1 << 16):
+            self._last_said = (self._last_said + read)[-KEPT_BYTES:]
 
 
 def serve() -> None:

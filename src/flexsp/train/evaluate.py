@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from flexsp.data import Corpus, PlannedBatch, Sequences
 from flexsp.data.packing import IntArray
+from flexsp.data.plans_ahead import Made, PlansAhead
 from flexsp.legality import violations
 from flexsp.parallel import GroupPool, RankError, forward_only
-from flexsp.planner.service import PlannerError, PlanService
+from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.profiler.measure import from_first_rank
@@ -136,13 +137,18 @@ class Evaluation:
         self._write(steps, score)
         return {"eval_loss": score.loss}
 
-    def catch_up(self, steps: int, profile: Profile, stopping: Callable[[], bool]) -> None:
-        """Before a run goes on after so many steps: evaluates if that was due and has not been done."""
+    def catch_up(self, steps: int, profile: Profile, stopping: Callable[[], bool]) -> dict[str, float]:
+        """Before a run goes on after so many steps: evaluates if that was due and has not been done.
+
+        Returns:
+            What it adds to the last step's row of metrics.jsonl, which is there already.
+        """
         if not self._due(steps):
-            return
-        done = from_first_rank(lambda: self._path.exists() and steps - 1 in last_rows(self._path), self._groups)
-        if not done:
-            self.after_step(steps, profile, stopping)
+            return {}
+        done = from_first_rank(
+            lambda: last_rows(self._path).get(steps - 1) if self._path.exists() else None, self._groups
+        )
+        return {"eval_loss": done["loss"]} if done else self.after_step(steps, profile, stopping)
 
     def _due(self, steps: int) -> bool:
         every = self._config.eval.every if self._ids else 0
@@ -177,19 +183,21 @@ class Evaluation:
             self._plans = []  # they may hold more than memory now allows
         if not self._plans:
             self._profile = replace(self._profile, memory=profile.memory)
-        missing = self._ids[len(self._plans) :]
+        first, planner = len(self._plans), self._config.planner
+        where = f"evaluation after step {steps}, batch"
         with contextlib.ExitStack() as stack:
-            service: PlanService | None = None
-            if missing and dist.get_rank() == 0:
-                planner = self._config.planner.name
-                service = PlanService(self._profile, planner, build.planner_options(self._config))
-                stack.callback(service.close)
-                for ids in missing:
-                    service.submit(self._sequences.lengths[ids])
+            ahead: PlansAhead | None = None
+            if first < len(self._ids) and dist.get_rank() == 0:
+                options = build.planner_options(self._config)
+                ahead = PlansAhead(self._profile, planner.name, options, planner.timeout_s, planner.fallback, where)
+                stack.callback(ahead.close)
+                for number in range(first, len(self._ids)):
+                    ahead.submit(number, self._sequences.lengths[self._ids[number]])
+            made: dict[int, Made] = {}
             for number, ids in enumerate(self._ids):
                 lengths = self._sequences.lengths[ids]
                 if number == len(self._plans):
-                    self._plans.append(self._fetch(f"evaluation after step {steps}, batch {number}", ids, service))
+                    self._plans.append(self._fetch(where, number, ahead, made))
                 yield PlannedBatch(
                     step=steps,
                     sequence_ids=ids,
@@ -199,22 +207,25 @@ class Evaluation:
                     layouts=self._profile.layouts,
                 )
 
-    def _fetch(self, where: str, ids: IntArray, service: PlanService | None) -> Plan:
-        """The next plan of the service on rank 0, or its error, on all ranks."""
+    def _fetch(self, where: str, number: int, ahead: PlansAhead | None, made: dict[int, Made]) -> Plan:
+        """The plan of a batch, made on rank 0, or the planner's error, on all ranks. `made`: those made already."""
         answer: list[Plan | PlannerError | None] = [None]
-        if service is not None:
+        if ahead is not None:
             try:
-                answer[0] = service.result(self._config.planner.timeout_s)[0]
+                if number not in made:
+                    made |= ahead.take(number)
+                answer[0] = made.pop(number).plan
             except PlannerError as error:
                 answer[0] = error
         dist.broadcast_object_list(answer, src=0, group=self._groups.control)
         plan = answer[0]
+        where = f"{where} {number}"
         if isinstance(plan, PlannerError):
             raise PlannerError(f"{where}: {plan}")
         assert plan is not None and self._sequences is not None
         if not plan.has_plan:
             raise ValueError(f"{where}: no plan: {plan.reason}")
-        if faults := violations(plan, self._sequences.lengths[ids], self._profile):
+        if faults := violations(plan, self._sequences.lengths[self._ids[number]], self._profile):
             raise ValueError(f"{where}: the plan is illegal in {len(faults)} ways, the first is: {faults[0]}")
         return plan
 

@@ -66,8 +66,9 @@ class Loop:
             self.model, dist.get_world_size(), self.groups.device, config.model.dtype, config.watch.peak_tflops
         )
         place.progress = clock_of(self.model).progress
-        self.evaluation.catch_up(first_step, learner.profile, self._asked_to_stop)
         with self.watch.records() as records:
+            if caught_up := self.evaluation.catch_up(first_step, learner.profile, self._asked_to_stop):
+                records.amend(first_step - 1, caught_up)
             for batch, line in self.watch.display.track(self.loader, steps, "training", first_step):
                 self.watch.begin(batch.step)
                 metrics, result = self._guarded_step(batch, optimizer)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from flexsp.data import PlannedBatch
 from flexsp.planner.replay import FILE as PLANS
 from flexsp.train.sinks import Sinks
-from flexsp.watch.rows import METRICS
+from flexsp.watch.rows import METRICS, last_rows
 
 SEQUENCES = "sequences.jsonl"
 NAMES = (METRICS, SEQUENCES, PLANS)
@@ -63,3 +63,11 @@ class Records:
             self._files[name].write(json.dumps(row) + "\n")
             self._files[name].flush()
         self._sinks.write(metrics)
+
+    def amend(self, step: int, more: Mapping[str, Any]) -> None:
+        """What is known of an earlier step only now: its row once more with that, if this folder has it."""
+        row = last_rows(self._folder / METRICS).get(step) if self._files else None
+        if row is not None and not more.items() <= row.items():
+            self._files[METRICS].write(json.dumps({**row, **more}) + "\n")
+            self._files[METRICS].flush()
+            self._sinks.write({"step": step, **more})
