@@ -20,14 +20,17 @@ from flexsp.cli.simulate_tables import say, show_case, show_legend, show_sweep, 
 from flexsp.distributions import lengths_of
 from flexsp.lengths import LengthArray, parse_tokens
 from flexsp.planner import COMPARED, find_planner
+from flexsp.planner.policies import under_policy
 from flexsp.plans import Plan
 from flexsp.profile import MOST_DEVICES, Profile
-from flexsp.simulate.cases import CHOOSE, Case, make_case, under_policy
+from flexsp.simulate.cases import Case, make_case
 from flexsp.simulate.figures import BASELINE, step_figures
 from flexsp.simulate.output import Result, prepare_output, result, write_output
 from flexsp.simulate.runs import Done, case_figures, jobs, simulate
 
 PLANNERS = "flex,batch-adaptive,static"
+CHOOSE = "choose"
+"""Instead of a policy's name: planners that can choose a policy for each micro-batch do."""
 MOST_SEQUENCES = 1 << 26
 """More are taken for a slip of the keyboard: they would take hours or all memory."""
 DRAWN = 100_000
@@ -69,7 +72,7 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     profile = Profile.load(arguments.profile)
-    under = under_policy(profile, arguments.policy)
+    under = profile if arguments.policy == CHOOSE else under_policy(profile, arguments.policy)
     if profile.memory.policies and arguments.policy is None:
         _notice(f"policies {', '.join(profile.memory.policies)} of the profile are left out; --policy takes one")
     cases = list(_cases(arguments, under))

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 from flexsp.legality import violations
 from flexsp.lengths import LengthArray
 from flexsp.planner import plan as plan_here
-from flexsp.planner.degrees import policy_for
+from flexsp.planner.policies import policy_for, under_policy
 from flexsp.planner.replay import predicted_anew
 from flexsp.planner.service import PlannerError, PlannerGoneError, PlanService
 from flexsp.plans import Plan
 from flexsp.profile import Profile
-from flexsp.simulate.cases import under_policy
 
 log = logging.getLogger(__name__)
 

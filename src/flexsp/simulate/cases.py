@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flexsp.batches import Overlong, Touched, global_batch, limit_lengths
 from flexsp.lengths import LengthArray
 from flexsp.planner.static import static_degree
 from flexsp.profile import Profile
-
-CHOOSE = "choose"
-"""Instead of a policy's name: planners that can choose a policy for each micro-batch do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,33 +92,3 @@ def _baseline_degree(profile: Profile, max_length: int, asked: int | None) -> in
             f"degree or lower the limit"
         )
     return asked
-
-
-def under_policy(profile: Profile, policy: str | None) -> Profile:
-    """The profile with one activation policy for all micro-batches, None being none; `choose` leaves it as it is.
-
-    Planners that cannot choose policies are then on an equal footing with those that can.
-
-    Raises:
-        ValueError: the profile has no policy of that name.
-    """
-    memory = profile.memory
-    if policy == CHOOSE:
-        return profile
-    if policy is None:
-        return replace(profile, memory=replace(memory, policies={}))
-    if policy not in memory.policies:
-        known = ", ".join(memory.policies) or "none"
-        raise ValueError(f"policy={policy!r} is not in the profile's policies ({known}); name one, or {CHOOSE!r}")
-    chosen, compute = memory.policies[policy], profile.compute
-    return replace(
-        profile,
-        name=f"{profile.name}, {policy}",
-        compute=replace(
-            compute,
-            quadratic_s=compute.quadratic_s * chosen.compute_factor,
-            linear_s=compute.linear_s * chosen.compute_factor,
-        ),
-        memory=replace(memory, activation_bytes_per_token=chosen.activation_bytes_per_token, policies={}),
-        tables={},  # measured without the policy
-    )
