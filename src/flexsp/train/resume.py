@@ -114,22 +114,21 @@ def _candidates(config: Config) -> list[Path]:
         _check_began(config)
     if resume in ("never", "auto"):
         return saved
-    path = Path(resume)
-    if saved and not _same(path, saved[0]):
-        origin = _origin(saved)
-        if _same(path, Path(origin)) and origin:
-            return saved
-        if any(_same(path, one) for one in saved):
-            why = "which the next start would take; remove it or give another run.dir"
-        else:
-            began = f"from {origin}" if origin else "at step 0"
-            why = f"of a run that began {began}; set it to 'auto' to go on with that, or give another run.dir"
-        raise ValueError(f"checkpoint.resume={resume!r}, but run.dir={config.run.dir!r} holds {saved[0]}, {why}")
+    path, origin = Path(resume), _origin(saved)
+    is_last = bool(saved) and _same(path, saved[0])
+    if origin and not is_last and _same(path, Path(origin)):  # the same command once more
+        return saved
     if not os.path.isfile(path / STATE) or steps_of(path) < 0:
         raise ValueError(
             f"checkpoint.resume={resume!r} must be 'auto', 'never' or the path of a checkpoint, a folder "
             f"step-... that holds {STATE}; there is none at that path"
         )
+    if saved and not is_last:
+        began = f"from {origin}" if origin else "at step 0"
+        why = f"of a run that began {began}; set it to 'auto' to go on with that, or give another run.dir"
+        if any(_same(path, one) for one in saved):
+            why = "which the next start would take; remove it or give another run.dir"
+        raise ValueError(f"checkpoint.resume={resume!r}, but run.dir={config.run.dir!r} holds {saved[0]}, {why}")
     return [path]
 
 
