@@ -42,10 +42,10 @@ class Records:
             for name in NAMES:
                 path = self._folder / name
                 torn = self._append and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+                if not self._append:
+                    open(path, "w").close()
                 # always at the end: where a file system has no locks, rows of two runs then show as those of two
                 file = self._files[name] = self._stack.enter_context(open(path, "a", encoding="utf-8"))
-                if not self._append:
-                    file.truncate(0)
                 if torn:  # a kill in the middle of a row
                     file.write("\n")
         return self
