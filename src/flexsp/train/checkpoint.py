@@ -28,9 +28,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from transformers import PreTrainedModel
@@ -43,16 +42,12 @@ from flexsp.profiler.memory import hand_back_freed
 from flexsp.train.config import Config
 from flexsp.train.digests import STATE, Damaged
 from flexsp.train.safe_load import DigestWriter, SafeLoadPlanner, SafeReader
+from flexsp.train.tensors import HYPERPARAMETERS, OPTIONS, set_random, tensors_of
 
 log = logging.getLogger(__name__)
 
 FORMAT = "flexsp-checkpoint/1"
 FOLDER, PART = "checkpoints", ".part"
-OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-"""By parameter, not by position: on another number of ranks the positions mean the same, but nobody could tell."""
-HYPERPARAMETERS = "param_groups."
-"""How the keys of learning rates, betas, ... begin, in what torch flattens of an optimizer."""
-
 Schedule = torch.optim.lr_scheduler.LRScheduler
 
 
@@ -132,7 +127,7 @@ class Checkpoints:
                 failed = {0: str(caught)}
         self._agree(steps, failed)
         writer = DigestWriter(part, final)
-        tensors = _tensors(model, optimizer)
+        tensors = tensors_of(model, optimizer)
         future: Future[Any] = Future()
         try:
             if self._config.checkpoint.asynchronous:
@@ -274,7 +269,7 @@ def load_checkpoint(
         CheckpointError: a rank could not read them, for want of memory say.
         RuntimeError: another rank has ended meanwhile.
     """
-    tensors = _tensors(model, optimizer)
+    tensors = tensors_of(model, optimizer)
     values = tensors["optimizer"]
     own_values = {key: values.pop(key) for key in list(values) if key.startswith(HYPERPARAMETERS)}
     own = f"rank {dist.get_rank()}"
@@ -298,7 +293,7 @@ def load_checkpoint(
     done = jf.as_integer(jf.required(state["schedule"], "last_epoch", where), f"{where}.last_epoch", 0)
     schedule.load_state_dict({**schedule.state_dict(), "last_epoch": done - 1, "_step_count": done})
     schedule.step()  # which sets the learning rate of the position
-    _set_random(tensors["random"][own])
+    set_random(tensors["random"][own])
 
 
 def _load_error(path: Path, error: CheckpointException) -> Exception:
@@ -312,27 +307,6 @@ def _load_error(path: Path, error: CheckpointException) -> Exception:
 def _cannot_be_loaded(path: Path, why: object) -> ValueError:
     said = " ".join(str(why).split())
     return ValueError(f"{path}: the checkpoint cannot be loaded ({said}); give another one")
-
-
-def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What torch.distributed.checkpoint saves and fills: the same keys before saving and before loading."""
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
-    return {"model": model_state, "optimizer": optimizer_state, "random": {f"rank {dist.get_rank()}": _random()}}
-
-
-def _random() -> dict[str, Tensor]:
-    """The state of this rank's random numbers: torch's, since nothing else draws any while training."""
-    found = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state()
-    return found
-
-
-def _set_random(state: dict[str, Tensor]) -> None:
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _failures(error: BaseException) -> dict[int, str]:
