@@ -69,7 +69,7 @@ def rows_done(folder: Path) -> int:
 
 def wait_for(child: subprocess.Popen[str], folder: Path, rows: int) -> None:
     """Until the log of `folder` has so many rows, or the run ends."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 250
     while rows_done(folder) < rows and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_bit_for_bit(unbroken):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_five_kills_and_other_numbers_of_ranks_train_every_sequence_once(unbroken):
     """4 -> 2 -> 3 -> ... ranks, each killed at a random moment; the losses stay those of the unbroken run."""
     draw, folder = random.Random(3), unbroken / "chaos"
