@@ -12,11 +12,11 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexsp.parallel import GroupPool, prepare_model
-from flexsp.train import checkpoint
+from flexsp.train import checkpoint, safe_load
 from flexsp.train.build import build_optimizer
 from flexsp.train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from flexsp.train.config import Config, parse_config
-from flexsp.train.resume import find_start
+from flexsp.train.resume import find_start, resume_point
 from profiles import profile
 
 MODEL = {
@@ -26,9 +26,15 @@ MODEL = {
 _pool: dict[int, GroupPool] = {}
 
 
+def groups() -> GroupPool:
+    """One pool for all tests in these processes."""
+    if 0 not in _pool:
+        _pool[0] = GroupPool()
+    return _pool[0]
+
+
 def control() -> dist.ProcessGroup:
-    """One control group for all tests in these processes."""
-    return _pool.setdefault(0, GroupPool()).control
+    return groups().control
 
 
 def config_of(folder: str, **checkpoint: object) -> Config:
@@ -119,6 +125,79 @@ def load_error(folder: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def load_with_other_rates(folder: str, train: dict[str, object]) -> tuple[list[float], list[float], dict[str, object]]:
+    """Goes on with another [train]: learning rates of this and the next steps, those of a run that was always so, and
+    the other values of the optimizer."""
+    config = parse_config({
+        "model": {"config": MODEL}, "data": {"max_length": 256}, "train": {"steps": 50, **train},
+        "checkpoint": {"resume": f"{folder}/checkpoints/step-00000003"}, "run": {"dir": f"{folder}/other"},
+    })  # fmt: skip
+    start = find_start(config)
+    assert start is not None and not start.own
+    state, always = built(config, 1), built(config, 1)
+    for number in range(3):
+        step(*always, number)
+    load_checkpoint(start.path, start.state, *state)
+    found: tuple[list[float], list[float]] = ([], [])
+    for number in range(3, 8):
+        for run, rates in zip((state, always), found, strict=True):
+            rates.append(run[1].param_groups[0]["lr"])
+            step(*run, number)
+    rest = {key: state[1].param_groups[0][key] for key in ("weight_decay", "betas", "initial_lr")}
+    return (*found, rest)
+
+
+def error_of_one_that_fails(folder: str, kind: str) -> str:
+    """What each rank gets where reading fails on rank 1, for a reason of its own."""
+    config = config_of(folder)
+    start = find_start(config)
+    assert start is not None
+    honest = safe_load.FileSystemReader.read_data
+
+    def fail(*_: object) -> None:
+        raise {"memory": MemoryError("no room"), "device": RuntimeError("CUDA error: unspecified")}[kind]
+
+    if dist.get_rank() == 1:
+        safe_load.FileSystemReader.read_data = fail
+    try:
+        load_checkpoint(start.path, start.state, *built(config, 1))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        safe_load.FileSystemReader.read_data = honest
+    return ""
+
+
+def resumed(folder: str, resume: str = "auto") -> tuple[int, str]:
+    """After how many steps the ranks go on, and what kept them from it."""
+    try:
+        start = resume_point(config_of(folder, resume=resume), groups())
+    except ValueError as error:
+        return -1, str(error)
+    return (start.steps if start else 0), ""
+
+
+def synced(folder: str) -> list[str]:
+    """What rank 0 syncs and renames while it saves, in order."""
+    seen: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting(file: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+        fsync(file)
+
+    def renaming(old: Path, new: Path) -> None:
+        replace(old, new)
+        seen.append(f"{Path(old).name} -> {Path(new).name}")
+
+    os.fsync, os.replace = noting, renaming
+    try:
+        save_many(folder, 1)
+    finally:
+        os.fsync, os.replace = fsync, replace
+    return seen
 
 
 def die_while_loading(folder: str, dies: int) -> None:

@@ -47,6 +47,57 @@ def none() -> None:
     pass
 
 
+def slow() -> None:
+    """Each step takes half a second more, on all ranks."""
+    from flexsp.train import loop
+
+    honest = loop.forward_backward
+
+    def struck(*arguments):
+        time.sleep(0.5)
+        return honest(*arguments)
+
+    loop.forward_backward = struck
+
+
+def sigterm_in_step() -> None:
+    at_forward(lambda loss: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def killed_saving_model() -> None:
+    """Rank 0, which has written a part of it."""
+    from transformers import PreTrainedModel
+
+    honest = PreTrainedModel.save_pretrained
+
+    def struck(self, folder, **options):
+        honest(self, folder, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    PreTrainedModel.save_pretrained = struck
+
+
+def raises_in_comparison() -> None:
+    from flexsp.train import run
+
+    def struck(*_):
+        raise RuntimeError("nothing compares")
+
+    run.compare_planners = struck
+
+
+def no_locks() -> None:
+    """As on a file system that has none."""
+    import errno
+
+    from flexsp.train import run_dir
+
+    def struck(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    run_dir.fcntl.flock = struck
+
+
 def raises_in_forward() -> None:
     def strike(loss):
         raise RuntimeError("the fan\nhas stopped")

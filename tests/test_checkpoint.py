@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import io
 import json
+import logging
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 import checkpoint_ranks as do
 from flexsp.train import safe_load
-from flexsp.train.checkpoint import FOLDER, PART, saved_checkpoints
+from flexsp.train.checkpoint import FOLDER, PART, ids_sha256, saved_checkpoints
 from flexsp.train.digests import STATE, SUFFIX, check_digests
-from flexsp.train.resume import find_start
+from flexsp.train.resume import check_order, find_start, say_versions
+from flexsp.train.run_dir import write_began
 from rank_pool import RanksFailed
 
 
@@ -53,9 +58,96 @@ def test_once_it_is_written_freed_memory_goes_back_to_the_system(ranks, tmp_path
 def test_a_full_disk_is_one_error_on_all_ranks(broken_ranks, tmp_path, full_rank):
     errors = broken_ranks(2).run(do.save_on_a_full_disk, str(tmp_path), full_rank)
     assert len(set(errors)) == 1, errors
-    assert errors[0].startswith(f"step 1: rank {full_rank} could not write the checkpoint: ") or "rank 0" in errors[0]
+    assert errors[0].startswith(f"step 1: rank {full_rank} could not write the checkpoint: "), errors
     assert "File too large" in errors[0] and "\n" not in errors[0]
     assert not saved_checkpoints(tmp_path)
+
+
+def test_what_a_name_promises_lies_on_the_disk_before_the_name(ranks, tmp_path):
+    order = ranks(2).run(do.synced, str(tmp_path))[0]
+    renamed = order.index(f"step-00000001{PART} -> step-00000001")
+    for name in ("__0_0.distcp", f"__0{SUFFIX}", ".metadata.tmp", STATE, f"state{SUFFIX}", f"step-00000001{PART}"):
+        assert name in order[:renamed], (name, order)
+    assert FOLDER in order[renamed:]
+
+
+# ---- going on
+
+
+TRAINS = {
+    "constant": {"lr": 0.5, "lr_schedule": "constant", "weight_decay": 0.3, "optimizer_options": {"betas": [0.8, 0.9]}},
+    "linear": {"lr": 0.2, "lr_schedule": "linear", "warmup_steps": 6},
+    "cosine": {"lr": 0.4, "lr_schedule": "cosine"},
+}
+
+
+def test_another_run_s_checkpoint_goes_on_at_its_step_with_the_new_rates(ranks, tmp_path):
+    ranks(2).run(do.save_then_go_on, str(tmp_path), False)
+    for train in TRAINS.values():
+        for found, expected, rest in ranks(2).run(do.load_with_other_rates, str(tmp_path), train):
+            assert found == expected and len(set(found)) == (1 if train["lr_schedule"] == "constant" else 5)
+            assert rest["weight_decay"] == train.get("weight_decay", 0.0) and rest["initial_lr"] == train["lr"]
+            assert list(rest["betas"]) == train.get("optimizer_options", {}).get("betas", [0.9, 0.999])
+
+
+def test_another_optimizer_cannot_go_on_and_is_named(saved, tmp_path):
+    config = config_with(tmp_path, "train", optimizer="sgd")
+    config = replace(config, run=replace(config.run, dir=str(tmp_path / "other")))
+    config = replace(config, checkpoint=replace(config.checkpoint, resume=str(saved)))
+    with pytest.raises(
+        ValueError, match=r"train.optimizer='sgd' is not 'adamw', with which .*; restore it, or give an"
+    ):
+        find_start(config)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "empty state", "no state", "cut digests"])
+def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_taken(ranks, tmp_path, damage):
+    ranks(2).run(do.save_many, str(tmp_path), 2)
+    last = saved_checkpoints(tmp_path)[-1]
+    if damage == "flipped bit":
+        data = bytearray((last / "__1_0.distcp").read_bytes())
+        data[len(data) // 2] ^= 1
+        (last / "__1_0.distcp").write_bytes(data)
+    elif damage == "empty state":  # as a loss of power leaves what was not synced
+        (last / STATE).write_bytes(b"")
+    elif damage == "no state":
+        (last / STATE).unlink()
+    else:
+        (last / f"__1{SUFFIX}").write_bytes(b"")
+    assert ranks(2).run(do.resumed, str(tmp_path)) == [(1, "")] * 2
+    names = ["step-00000001", "step-00000002.damaged"]
+    assert sorted(path.name for path in (tmp_path / FOLDER).iterdir()) == names
+    assert ranks(2).run(do.resumed, str(tmp_path)) == [(1, "")] * 2
+
+
+def test_where_no_checkpoint_is_whole_or_the_one_that_is_named_is_not_nothing_is_set_aside(ranks, tmp_path):
+    ranks(2).run(do.save_many, str(tmp_path), 2)
+    before, last = saved_checkpoints(tmp_path)
+    (last / ".metadata").write_bytes(b"")
+    for steps, error in ranks(2).run(do.resumed, str(tmp_path), str(last)):
+        assert steps == -1 and f"{last}: the checkpoint is damaged (.metadata: EOFError" in error
+    (before / "__0_0.distcp").unlink()
+    for steps, error in ranks(2).run(do.resumed, str(tmp_path)):
+        assert steps == -1 and f"{last}: the checkpoint is damaged (" in error and "nor are the 1 before it" in error
+    assert saved_checkpoints(tmp_path) == [before, last]
+
+
+def test_another_order_of_the_data_is_an_error_and_other_versions_are_a_warning(saved, tmp_path, caplog):
+    config = do.config_of(str(tmp_path))
+    start = find_start(config)
+    ids = np.arange(8)
+    check_order(config, start, ids)  # this checkpoint was saved without a loader
+    foreseen = replace(start, state={**start.state, "next_ids_sha256": ids_sha256(ids)})
+    check_order(config, foreseen, ids)
+    with pytest.raises(
+        ValueError, match=r"train.seed=0 gives step 1 other sequences than .*step-00000001 foresaw, with"
+    ):
+        check_order(config, foreseen, ids[::-1])
+    logging.getLogger("flexsp").propagate = True
+    say_versions(start)
+    assert not caplog.records
+    say_versions(replace(start, state={**start.state, "versions": {**start.state["versions"], "numpy": "1.0"}}))
+    assert f"numpy '1.0' -> {np.__version__}" in caplog.text and "torch" not in caplog.text
 
 
 # ---- reading
@@ -136,10 +228,14 @@ def test_a_rank_that_dies_while_a_checkpoint_loads_is_not_the_checkpoint_s_fault
     assert "RuntimeError: " in str(failed.value) and "cannot be loaded" not in str(failed.value)
 
 
+@pytest.mark.parametrize(("kind", "said"), [("memory", "MemoryError: no room"), ("device", "RuntimeError: CUDA error")])
+def test_a_rank_that_cannot_load_for_a_reason_of_its_own_is_named_on_all(ranks, saved, tmp_path, kind, said):
+    for error in ranks(2).run(do.error_of_one_that_fails, str(tmp_path), kind):
+        assert error.startswith(f"CheckpointError: rank 1 could not load {saved}: {said}")
+
+
 def config_with(folder: Path, section: str, **changes):
     config = do.config_of(str(folder))
-    from dataclasses import replace
-
     return replace(config, **{section: replace(getattr(config, section), **changes)})
 
 
@@ -195,6 +291,47 @@ def test_an_older_checkpoint_is_not_forked_below_a_newer_one(ranks, tmp_path):
         find_start(config)
     shutil.rmtree(newer)
     assert find_start(config).steps == 1
+
+
+def test_a_run_that_began_from_a_checkpoint_goes_on_from_its_own_by_the_same_command(saved, tmp_path):
+    own = tmp_path / "own"
+    config = config_with(tmp_path, "checkpoint", resume=str(saved))
+    config = replace(config, run=replace(config.run, dir=str(own)))
+    start = find_start(config)
+    assert (start.steps, start.own, start.origin) == (1, False, str(saved.resolve()))
+    later = own / FOLDER / "step-00000002"
+    shutil.copytree(saved, later)
+    state = json.loads((saved / STATE).read_text())
+    (later / STATE).write_text(json.dumps({**state, "step": 2, "origin": start.origin}))
+    found = find_start(config)
+    assert (found.path, found.own, found.origin) == (later, True, start.origin)
+    shutil.copytree(saved, tmp_path / "elsewhere" / saved.name)
+    other = replace(config, checkpoint=replace(config.checkpoint, resume=str(tmp_path / "elsewhere" / saved.name)))
+    with pytest.raises(ValueError, match=r"holds .*step-00000002, of a run that began from .*step-00000001; set it to"):
+        find_start(other)
+
+
+def test_logs_of_another_configuration_without_a_checkpoint_are_not_overwritten(saved, tmp_path):
+    config = config_with(tmp_path, "train", lr=0.2)
+    config = replace(config, run=replace(config.run, dir=str(tmp_path / "own")))
+    (tmp_path / "own").mkdir()
+    assert find_start(config) is None
+    write_began(config, "")
+    assert find_start(config) is None  # which begins anew
+    assert find_start(replace(config, planner=replace(config.planner, name="static"))) is None
+    with pytest.raises(ValueError, match=r"train.lr=0.3 is not 0.2, with which the run in .*own began, of which no ch"):
+        find_start(replace(config, train=replace(config.train, lr=0.3)))
+    with pytest.raises(ValueError, match=r"checkpoint.resume='.*step-00000001' is not 'auto', with which the run in"):
+        find_start(replace(config, checkpoint=replace(config.checkpoint, resume=str(saved))))
+
+
+def test_the_list_of_tensors_may_name_its_own_classes_and_no_other_of_their_modules():
+    for module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"):
+        for name in vars(importlib.import_module(module)):
+            if (module, name) in safe_load.NAMES:
+                continue
+            with pytest.raises(pickle.UnpicklingError, match=rf"{module}.{name} has no place in a checkpoint's list"):
+                safe_load._Unpickler(io.BytesIO(f"c{module}\n{name}\n.".encode())).load()
 
 
 class _ByGetattr:

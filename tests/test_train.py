@@ -225,11 +225,13 @@ def test_what_a_run_learned_is_saved_and_the_next_one_in_its_folder_goes_on_from
     base = json.loads((folder / "four.json").read_text())
     ratio = learned["provenance"]["correction"]["linear"]
     assert learned["compute"]["linear_s"] == pytest.approx(ratio * base["compute"]["linear_s"])
+    (folder / "next").mkdir()
+    (folder / "next/profile.json").write_text((folder / "out/profile.json").read_text())
     done = train(
-        folder, "--train.steps", "1", "--run.compare_batches", "0", "--run.save_model", "false",
+        folder, "--run.dir", "next", "--train.steps", "1", "--run.compare_batches", "0", "--run.save_model", "false",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on from what the last run in this folder learned, out/profile.json" in done.stdout
+    assert "going on from what the last run in this folder learned, next/profile.json" in done.stdout
 
 
 def test_rows_with_masked_labels_train(run):

@@ -1,10 +1,11 @@
 """Checkpoints: written aside while training goes on, renamed once whole, so that the last good one always stands.
 
     checkpoints/step-00000040/       after 40 steps
-        state.json                   step, config, versions, learning rates, what was learned of the profile
+        state.json                   step, config, versions, what comes next, what was learned of the profile
         .metadata  *.distcp          weights, optimizer, random numbers (torch.distributed.checkpoint)
         *.sha256                     digests of all of them
     checkpoints/step-00000060.part/  one that is being written, or that a kill left: never read, removed at a start
+    checkpoints/step-00000020.damaged/  one whose files are not what was written: never read, kept to be looked at
 
 Weights and optimizer are saved by name and sliced anew when they are loaded, so any number of ranks can go on from
 them. All ranks must see the folder.
@@ -13,60 +14,69 @@ them. All ranks must see the folder.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import PreTrainedModel
 
 import flexsp
 from flexsp import jsonfields as jf
+from flexsp.data.packing import IntArray
 from flexsp.profile import Profile
 from flexsp.profiler.memory import hand_back_freed
 from flexsp.train.config import Config
-from flexsp.train.digests import STATE, write_digests
-from flexsp.train.roll_call import failed_collective
+from flexsp.train.digests import STATE, Damaged
 from flexsp.train.safe_load import DigestWriter, SafeLoadPlanner, SafeReader
+from flexsp.train.tensors import HYPERPARAMETERS, OPTIONS, set_random, tensors_of
 
 log = logging.getLogger(__name__)
 
 FORMAT = "flexsp-checkpoint/1"
 FOLDER, PART = "checkpoints", ".part"
-OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-"""By parameter, not by position: on another number of ranks the positions mean the same, but nobody could tell."""
-
 Schedule = torch.optim.lr_scheduler.LRScheduler
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the message says which and why. Raised on all ranks alike."""
+    """A rank could not write or read a checkpoint; the message says which and why. Raised on all ranks alike."""
 
 
 class Checkpoints:
     """Those of a run's folder: saves after every so many steps, and keeps the last few. All methods are collectives."""
 
-    def __init__(self, config: Config, control: dist.ProcessGroup, data: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        control: dist.ProcessGroup,
+        data: Mapping[str, Any] | None = None,
+        order: Callable[[int], IntArray] | None = None,
+        origin: str = "",
+    ) -> None:
         """
         Args:
             config: of the run.
             control: a CPU group of all ranks.
             data: what names the tokens that are trained; see `TokenStore.identity`.
+            order: the ids of a step's sequences; see `PlannedLoader.sequence_ids`.
+            origin: the checkpoint of another run that this one began from; see `Start.origin`.
         """
-        self._config, self._control, self._data = config, control, dict(data or {})
+        self._config, self._control = config, control
+        self._data, self._order, self._origin = dict(data or {}), order, origin
         self._folder = Path(config.run.dir) / FOLDER
         # what is written meanwhile must not get in the way of the step's own collectives
         timeout = datetime.timedelta(seconds=config.run.timeout_s)
@@ -77,7 +87,7 @@ class Checkpoints:
         self._stager = BlockingAsyncStager()
         self._writing: tuple[int, Future[Any]] | None = None
         self._handed_back = True
-        self._saved = -1
+        self._saved = self._kept = -1
         if dist.get_rank() == 0:
             for left in self._folder.glob(f"step-*{PART}"):
                 shutil.rmtree(left)
@@ -111,32 +121,32 @@ class Checkpoints:
         self.finish()
         if steps == self._saved:
             return
-        part = self._path(steps).with_name(self._path(steps).name + PART)
-        error = ""
+        final = self._path(steps)
+        part = final.with_name(final.name + PART)
+        failed: dict[int, str] = {}
         if dist.get_rank() == 0:
             try:
                 part.mkdir(parents=True)
-                jf.write_object(part / STATE, _state(steps, self._config, schedule, profile, self._data))
+                jf.write_object(part / STATE, self._state(steps, schedule, profile))
             except (OSError, ValueError) as caught:
-                error = str(caught)
-        self._agree(steps, error)
-        tensors = _tensors(model, optimizer)
+                failed = {0: str(caught)}
+        self._agree(steps, failed)
+        writer = DigestWriter(part, final)
+        tensors = tensors_of(model, optimizer)
         future: Future[Any] = Future()
         try:
             if self._config.checkpoint.asynchronous:
                 copied = self._stager.stage(tensors)
-                future = self._writer.submit(
-                    save, copied, storage_writer=DigestWriter(part), process_group=self._writers
-                )
+                future = self._writer.submit(save, copied, storage_writer=writer, process_group=self._writers)
             else:
-                future.set_result(save(tensors, storage_writer=DigestWriter(part), process_group=self._writers))
+                future.set_result(save(tensors, storage_writer=writer, process_group=self._writers))
         except (Exception, CheckpointException) as caught:  # of this rank, perhaps alone: `finish` tells the others
             future.set_exception(caught)
         self._writing = steps, future
         self._handed_back = False
 
     def finish(self) -> None:
-        """Waits until what is being written is whole, renames it and removes old ones.
+        """Waits until what is being written is whole and has its name, and removes old ones.
 
         Raises:
             CheckpointError: a rank could not write its part.
@@ -144,36 +154,26 @@ class Checkpoints:
         if self._writing is None:
             return
         (steps, future), self._writing = self._writing, None
-        error = ""
+        failed: dict[int, str] = {}
         try:
             future.result()
         except (Exception, CheckpointException) as caught:  # of any kind: the disk, the writers' collectives
-            error = _cause(caught)
-        self._agree(steps, error)
-        self._agree(steps, self._keep(steps))
+            failed = _failures(caught)
+        self._agree(steps, failed)
+        self._keep(steps)
         self._saved = steps
         self._hand_back()
 
-    def _keep(self, steps: int) -> str:
-        """On rank 0, once all ranks have written: gives the checkpoint its name and removes old ones; what failed.
-
-        Rank 0 gathers from all ranks what they wrote before its own part is done.
-        """
-        final = self._path(steps)
-        part = final.with_name(final.name + PART)
-        if dist.get_rank() != 0 or not part.exists():
-            return ""
-        try:
-            write_digests(part, (".metadata", STATE), "state")
-            os.replace(part, final)
-        except OSError as error:
-            return str(error)
-        log.info("checkpoint: step %d saved as %s", steps, final)
+    def _keep(self, steps: int) -> None:
+        """On rank 0, once the checkpoint has its name, which the writer gave it: says so and removes old ones."""
+        if dist.get_rank() != 0 or steps == self._kept:
+            return
+        self._kept = steps
+        log.info("checkpoint: step %d saved as %s", steps, self._path(steps))
         try:
             self._forget(steps)
         except OSError as error:
             log.warning("checkpoint: an old one cannot be removed: %s", error)
-        return ""
 
     def _hand_back(self) -> None:
         """The copy that was written has been freed: the system gets it, once, before the next one cuts it up more."""
@@ -196,18 +196,48 @@ class Checkpoints:
             os.replace(path, aside)
             shutil.rmtree(aside)
 
-    def _agree(self, steps: int, error: str) -> None:
-        """Raises on all ranks where one has an error."""
-        errors: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error, group=self._control)
-        for rank, text in enumerate(errors):
-            if text:
-                raise CheckpointError(f"step {steps}: rank {rank} could not write the checkpoint: {text}")
+    def _agree(self, steps: int, failed: Mapping[int, str]) -> None:
+        """Raises on all ranks where one knows of an error. `failed`: what this rank knows, by the rank at fault."""
+        known: list[Mapping[int, str]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(known, failed, group=self._control)
+        of_themselves = {rank: said[rank] for rank, said in enumerate(known) if rank in said}
+        of_any = {rank: text for said in known for rank, text in said.items()}
+        for rank, text in (of_themselves or of_any).items():
+            raise CheckpointError(f"step {steps}: rank {rank} could not write the checkpoint: {text}")
+
+    def _state(self, steps: int, schedule: Schedule, profile: Profile) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "step": steps,
+            "world_size": dist.get_world_size(),
+            "origin": self._origin,
+            "config": asdict(self._config),
+            "versions": versions(),
+            "schedule": {"last_epoch": schedule.last_epoch},
+            "profile": profile.to_json(),
+            "data": self._data,
+            "next_ids_sha256": ids_sha256(self._order(steps)) if self._order else "",
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers and the order of a run."""
+    return {
+        "flexsp": flexsp.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def ids_sha256(ids: IntArray) -> str:
+    """Names the sequences of a step and their order."""
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run's folder, the oldest first."""
-    found = [path for path in (folder / FOLDER).glob("step-*") if steps_of(path) >= 0 and (path / STATE).is_file()]
+    """The checkpoints of a run's folder that were once whole, the oldest first."""
+    found = [path for path in (folder / FOLDER).glob("step-*") if steps_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=steps_of)
 
 
@@ -223,89 +253,73 @@ def load_checkpoint(
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
+    checked: bool = False,
 ) -> None:
     """Puts a checkpoint into model, optimizer and schedule; random numbers too, for ranks that it was saved by.
 
-    A collective. Nothing in the files is executed.
+    A collective. Nothing in the files is executed. Of optimizer and schedule it takes tensors and position: learning
+    rates, betas, ... are those that they have, of the configuration.
 
     Args:
         path: the checkpoint's folder.
         state: its state.json.
         model: of the same config.
         optimizer: over the model's parameters.
-        schedule: of the optimizer.
+        schedule: of the optimizer; it has made no step.
+        checked: whether the digests of its files have been compared already.
 
     Raises:
-        ValueError: the files are damaged or of another model.
+        ValueError: the files are damaged or of another model or optimizer.
+        CheckpointError: a rank could not read them, for want of memory say.
         RuntimeError: another rank has ended meanwhile.
     """
-    tensors = _tensors(model, optimizer)
+    tensors = tensors_of(model, optimizer)
+    values = tensors["optimizer"]
+    own_values = {key: values.pop(key) for key in list(values) if key.startswith(HYPERPARAMETERS)}
     own = f"rank {dist.get_rank()}"
+    reader = SafeReader(path, checked)
     try:
-        known = SafeReader(path).read_metadata().state_dict_metadata
+        known = reader.read_metadata().state_dict_metadata
+        for key in values:
+            if f"optimizer.{key}" not in known:
+                raise Damaged(f"it has no optimizer.{key}: train.optimizer_options may be others")
         # fewer ranks, or a CPU, may have saved it
         tensors["random"][own] = {k: v for k, v in tensors["random"][own].items() if f"random.{own}.{k}" in known}
-        load_tensors(tensors, storage_reader=SafeReader(path), planner=SafeLoadPlanner())
-        set_state_dict(
-            model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=OPTIONS
-        )
-        schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
-        _set_random(tensors["random"][own])
-    except (Exception, CheckpointException) as error:  # torch raises many kinds
-        if failed_collective(error) is not None:  # nothing is wrong with the files
-            raise
-        raise ValueError(f"{path}: the checkpoint cannot be loaded ({_cause(error)}); give another one") from None
+        load_tensors(tensors, storage_reader=reader, planner=SafeLoadPlanner())
+    except Damaged as error:
+        raise _cannot_be_loaded(path, error) from None
+    except CheckpointException as error:
+        raise _load_error(path, error) from None
+    set_state_dict(
+        model, optimizer, model_state_dict=tensors["model"], optim_state_dict={**values, **own_values}, options=OPTIONS
+    )
+    where = f"{path / STATE}: schedule"
+    done = jf.as_integer(jf.required(state["schedule"], "last_epoch", where), f"{where}.last_epoch", 0)
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": done - 1, "_step_count": done})
+    schedule.step()  # which sets the learning rate of the position
+    set_random(tensors["random"][own])
 
 
-def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What torch.distributed.checkpoint saves and fills: the same keys before saving and before loading."""
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
-    return {"model": model_state, "optimizer": optimizer_state, "random": {f"rank {dist.get_rank()}": _random()}}
+def _load_error(path: Path, error: CheckpointException) -> Exception:
+    """What to raise on all ranks where torch has told all of them which could not load."""
+    for rank, (cause, _) in error.failures.items():
+        if not isinstance(cause, Damaged):  # nothing is wrong with the files
+            return CheckpointError(f"rank {rank} could not load {path}: {_cause(cause)}")
+    return _cannot_be_loaded(path, next(cause for cause, _ in error.failures.values()))
 
 
-def _random() -> dict[str, Tensor]:
-    """The state of this rank's random numbers: torch's, since nothing else draws any while training."""
-    found = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state()
-    return found
+def _cannot_be_loaded(path: Path, why: object) -> ValueError:
+    said = " ".join(str(why).split())
+    return ValueError(f"{path}: the checkpoint cannot be loaded ({said}); give another one")
 
 
-def _set_random(state: dict[str, Tensor]) -> None:
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _state(steps: int, config: Config, schedule: Schedule, profile: Profile, data: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "step": steps,
-        "world_size": dist.get_world_size(),
-        "config": asdict(config),
-        "versions": {
-            "flexsp": flexsp.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "schedule": {key: value for key, value in schedule.state_dict().items() if _is_json(value)},
-        "profile": profile.to_json(),
-        "data": dict(data),
-    }
-
-
-def _is_json(value: Any) -> bool:
-    """Whether it is made of numbers and lists of them: schedules hold functions beside, which the config makes anew."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_json, value))
-    return isinstance(value, int | float) or value is None
+def _failures(error: BaseException) -> dict[int, str]:
+    """By rank, what kept it from writing, as far as an error of torch's tells; else it is this rank's own."""
+    failures = getattr(error, "failures", {})
+    return {rank: _cause(found) for rank, (found, _) in failures.items()} or {dist.get_rank(): _cause(error)}
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what is behind an error of torch's checkpoint package."""
-    for inner in getattr(error, "failures", {}).values():
-        found = inner[0] if isinstance(inner, tuple) else inner
-        return _cause(found)
+    """An error's kind and first line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -7,18 +7,37 @@ them, in the form of sha256sum: `cat *.sha256 | sha256sum --check` in the folder
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 STATE, SUFFIX = "state.json", ".sha256"
 ROW = re.compile(r"([0-9a-f]{64})  ([^/\0\n]+)")
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What of a disk's errors says that a file is not there."""
+
+
+class Damaged(ValueError):
+    """A checkpoint's files are not what was written; the message says which and how."""
 
 
 def write_digests(folder: Path, names: Iterable[str], file: str) -> None:
     """Writes the digests of these files of `folder` into another one of it, `file` and `SUFFIX`."""
     rows = [f"{_digest(folder / name)}  {name}\n" for name in sorted(names)]
-    (folder / f"{file}{SUFFIX}").write_text("".join(rows), encoding="utf-8")
+    with open(folder / f"{file}{SUFFIX}", "w", encoding="utf-8") as listed:
+        listed.write("".join(rows))
+        listed.flush()
+        os.fsync(listed.fileno())
+
+
+def sync(path: Path) -> None:
+    """Returns once a file, or the names in a folder, will outlive a power loss."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def check_digests(folder: Path, needed: Iterable[str], part: int = 0, parts: int = 1) -> None:
@@ -31,21 +50,30 @@ def check_digests(folder: Path, needed: Iterable[str], part: int = 0, parts: int
         parts: of all files.
 
     Raises:
-        ValueError: a file has changed, is missing or has no digest; the message names it.
+        Damaged: a file has changed, is missing or has no digest; the message names it.
+        OSError: the disk does not answer.
     """
     digests: dict[str, str] = {}
     for file in sorted(folder.glob(f"*{SUFFIX}")):
-        for row in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows = file.read_text(encoding="utf-8").splitlines()
+        except (UnicodeDecodeError, *MISSING):
+            rows = [""]
+        for row in rows:
             found = ROW.fullmatch(row)
             if found is None or found[2] in digests:
-                raise ValueError(f"{file.name} is not a list of digests, each file once")
+                raise Damaged(f"{file.name} is not a list of digests, each file once")
             digests[found[2]] = found[1]
     for name in needed:
         if name not in digests:
-            raise ValueError(f"{name!r} has no digest in a {SUFFIX} file, so it may be another's")
+            raise Damaged(f"{name!r} has no digest in a {SUFFIX} file, so it may be another's")
     for name in sorted(digests)[part::parts]:
-        if _digest(folder / name) != digests[name]:
-            raise ValueError(f"{name} has changed since it was written: its sha256 is another")
+        try:
+            same = _digest(folder / name) == digests[name]
+        except MISSING:
+            raise Damaged(f"{folder / name} is missing") from None
+        if not same:
+            raise Damaged(f"{name} has changed since it was written: its sha256 is another")
 
 
 def _digest(path: Path) -> str:

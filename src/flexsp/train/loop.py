@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from flexsp.data import PlannedBatch, PlannedLoader
 from flexsp.parallel import GroupPool, StepResult, forward_backward
 from flexsp.parallel.clock import clock_of
+from flexsp.profiler.measure import from_first_rank
 from flexsp.train import build
 from flexsp.train.checkpoint import Checkpoints, Schedule, load_checkpoint
 from flexsp.train.config import Config
@@ -25,13 +25,17 @@ from flexsp.train.evaluate import Evaluation
 from flexsp.train.failures import Guard
 from flexsp.train.learn import Learner
 from flexsp.train.out_of_memory import OutOfMemoryError, describe, is_out_of_memory
-from flexsp.train.resume import Start
+from flexsp.train.resume import Start, check_order, say_versions
+from flexsp.train.run_dir import write_began
 from flexsp.train.throughput import Throughput
 from flexsp.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
 NOT_SAVED = "checkpoint.every=0: not saved"
+SAVED = "saved; the same command goes on"
+SAVED_FOR_ANOTHER = "saved; with checkpoint.resume='auto' it goes on"
+"""Where it is 'never', which refuses a folder that holds a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,8 @@ class Loop:
         """Trains what is left of the steps; False where SIGTERM, or the end of torchrun, ended it before the last."""
         config, learner, place, steps = self.config, self.learner, self.guard.place, self.config.train.steps
         optimizer, schedule = build.build_optimizer(self.model, config.train)
-        checkpoints = Checkpoints(config, self.groups.control, self.data)
+        origin = "" if self.start is None else self.start.origin
+        checkpoints = Checkpoints(config, self.groups.control, self.data, self.loader.sequence_ids, origin)
         first_step = 0 if self.start is None else self._load(self.start, checkpoints, optimizer, schedule)
         mixed = 0
         kernels: frozenset[str] = frozenset()
@@ -66,6 +71,7 @@ class Loop:
             self.model, dist.get_world_size(), self.groups.device, config.model.dtype, config.watch.peak_tflops
         )
         place.progress = clock_of(self.model).progress
+        from_first_rank(lambda: write_began(config, origin), self.groups)
         with self.watch.records() as records:
             if caught_up := self.evaluation.catch_up(first_step, learner.profile, self._asked_to_stop):
                 records.amend(first_step - 1, caught_up)
@@ -92,7 +98,8 @@ class Loop:
                 )
                 if stopping and batch.step + 1 < steps:
                     checkpoints.finish()
-                    saved = "saved; the same command goes on" if config.checkpoint.every else NOT_SAVED
+                    saved = SAVED_FOR_ANOTHER if config.checkpoint.resume == "never" else SAVED
+                    saved = saved if config.checkpoint.every else NOT_SAVED
                     log.info("stopped by %s after step %d of %d, %s", stopping, batch.step + 1, steps, saved)
                     return False
                 place.at("waiting for its plan", batch.step + 1)
@@ -110,10 +117,17 @@ class Loop:
         self, start: Start, checkpoints: Checkpoints, optimizer: torch.optim.Optimizer, schedule: Schedule
     ) -> int:
         """Puts the checkpoint into model, optimizer and schedule; returns how many steps it has."""
-        load_checkpoint(start.path, start.state, self.model, optimizer, schedule)
-        if start.path.parent.parent.resolve() == Path(self.config.run.dir).resolve():
+        check_order(self.config, start, self.loader.sequence_ids(start.steps))
+        self.guard.place.at("loading the checkpoint")
+        load_checkpoint(start.path, start.state, self.model, optimizer, schedule, checked=True)
+        self.guard.place.at("preparing the first step")
+        if start.own:
             checkpoints.loaded(start.steps)
         log.info("checkpoint: going on after step %d of %d, from %s", start.steps, self.config.train.steps, start.path)
+        if start.own and start.origin:
+            log.info("checkpoint: the run in %s began from %s", self.config.run.dir, start.origin)
+        if dist.get_rank() == 0:
+            say_versions(start)
         return start.steps
 
     def _asked_to_stop(self) -> bool:

@@ -33,7 +33,7 @@ class Records:
             append: whether the run goes on; else it begins, and what is there is overwritten.
             sinks: what gets the metrics too.
         """
-        self._folder, self._mode, self._sinks = folder, "a" if append else "w", sinks
+        self._folder, self._append, self._sinks = folder, append, sinks
         self._files: dict[str, IO[str]] = {}
         self._stack = ExitStack()
 
@@ -41,10 +41,13 @@ class Records:
         if dist.get_rank() == 0:
             for name in NAMES:
                 path = self._folder / name
-                torn = self._mode == "a" and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-                self._files[name] = self._stack.enter_context(open(path, self._mode, encoding="utf-8"))
+                torn = self._append and path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+                if not self._append:
+                    open(path, "w").close()
+                # always at the end: where a file system has no locks, rows of two runs then show as those of two
+                file = self._files[name] = self._stack.enter_context(open(path, "a", encoding="utf-8"))
                 if torn:  # a kill in the middle of a row
-                    self._files[name].write("\n")
+                    file.write("\n")
         return self
 
     def __exit__(self, *_: object) -> None:

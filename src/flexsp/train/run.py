@@ -28,7 +28,8 @@ from flexsp.train.failures import Guard, Say
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
 from flexsp.train.ranks import joined_ranks
-from flexsp.train.resume import Start, check_data, find_start
+from flexsp.train.resume import Start, check_data, resume_point
+from flexsp.train.run_dir import held_folder
 from flexsp.train.sinks import check_sinks
 from flexsp.train.watch import Watch
 
@@ -58,13 +59,13 @@ def run_from_config(path: str, overrides: Sequence[str], say: Say) -> int:
 def train(config: Config, display: Display, guard: Guard) -> None:
     """One run.
 
-    1. Find the checkpoint to go on from, if any.
+    1. Hold the run's folder; find the checkpoint to go on from, if any.
     2. Open the corpus, and what it is evaluated on; build the model, join it to the ranks.
     3. Load or measure the profile; go on from what an earlier run in the same folder learned.
     4. Train on planned batches; one line of metrics a step. Measured times and memory correct the profile. Evaluations,
        checkpoints.
-    5. Compare the planners on further batches, weights untouched.
-    6. Save the model.
+    5. Save the model.
+    6. Compare the planners on further batches, weights untouched.
 
     SIGTERM ends it after a step and a checkpoint; before the first step and after the last, at once.
     """
@@ -73,13 +74,14 @@ def train(config: Config, display: Display, guard: Guard) -> None:
     timeout = datetime.timedelta(seconds=config.run.timeout_s)
     groups = GroupPool(timeout=timeout, transport=config.run.transport or None)
     from_first_rank(lambda: check_sinks(config), groups)
-    guard.place.at("looking for a checkpoint")
-    start = from_first_rank(lambda: find_start(config), groups)
-    first_step = 0 if start is None else start.steps
-    _make_folder(Path(config.run.dir))
-    with Watch(config, display, groups, first_step, append=start is not None) as watch:
-        _train(config, groups, start, guard, watch)
-        watch.summarize()
+    guard.place.at("waiting for run.dir")
+    with held_folder(Path(config.run.dir), groups):
+        guard.place.at("looking for a checkpoint")
+        start = resume_point(config, groups)
+        first_step = 0 if start is None else start.steps
+        with Watch(config, display, groups, first_step, append=start is not None) as watch:
+            _train(config, groups, start, guard, watch)
+            watch.summarize()
 
 
 def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard, watch: Watch) -> None:
@@ -116,6 +118,9 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
         )  # fmt: skip
         if not loop.run():
             return
+        guard.place.at("saving the model")  # before anything else that may fail
+        if config.run.save_model:
+            save_pretrained(model, folder / "model")
         guard.place.at("comparing planners")
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
     if compared and build.policy_for(learner.profile, config.data.max_length):
@@ -126,22 +131,6 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
         if dist.get_rank() == 0:
             jsonfields.write_object(folder / "comparison.json", report)
         log.info("%s", summary_line(report))
-    guard.place.at("saving the model")
-    if config.run.save_model:
-        save_pretrained(model, folder / "model")
-
-
-def _make_folder(folder: Path) -> None:
-    """
-    Raises:
-        ValueError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"run.dir={str(folder)!r} cannot be made ({error.strerror}); give a folder that can be written to"
-        ) from None
 
 
 def _loader(

@@ -1,0 +1,106 @@
+"""The folder of a run: one run at a time writes to it, and it remembers with which configuration it began.
+
+run.lock    locked by the first rank while the run lives; the system frees it, however the run ends
+run.json    the configuration of what the logs tell, and the checkpoint of another run that it began from
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from flexsp import jsonfields as jf
+from flexsp.parallel import GroupPool
+from flexsp.profiler.measure import from_first_rank
+from flexsp.train.config import Config
+from flexsp.train.digests import sync
+
+log = logging.getLogger(__name__)
+
+LOCK, BEGAN = "run.lock", "run.json"
+PATIENCE_S = 5.0
+"""How long a start waits for the lock: a run that was killed or told to stop may still be ending."""
+
+
+@contextmanager
+def held_folder(folder: Path, groups: GroupPool) -> Iterator[None]:
+    """Makes a run's folder, and holds it against other starts while inside. A collective; the first rank holds it.
+
+    Raises:
+        ValueError: it cannot be made or written to, or another run holds it.
+    """
+    with ExitStack() as stack:
+
+        def hold() -> None:
+            file = _open(folder)
+            stack.callback(file.close)
+            _lock(file, folder)
+
+        from_first_rank(hold, groups)
+        yield
+
+
+def _open(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"run.dir={str(folder)!r} cannot be made ({error.strerror}); give a folder that can be written to"
+        ) from None
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                raise ValueError(
+                    f"run.dir={str(folder)!r} is in use by another run{_holder(file.read())}; wait until it has ended, "
+                    f"or give another run.dir"
+                ) from None
+            time.sleep(0.2)
+        except OSError as error:  # not every file system of several machines has locks
+            log.warning("run.dir: %s cannot be locked (%s): start no other run in it", folder, error.strerror)
+            return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def _holder(said: str) -> str:
+    line = said.strip()[:100]
+    return f" ({line})" if line.isprintable() and line else ""
+
+
+def write_began(config: Config, origin: str) -> None:
+    """Writes run.json. On one rank, just before the first row is written."""
+    path = Path(config.run.dir) / BEGAN
+    jf.write_object(path, {"config": asdict(config), "origin": origin})
+    sync(path)
+
+
+def read_began(folder: Path) -> tuple[dict[str, Any], str] | None:
+    """The configuration and the origin of a run that has written rows into the folder; None where none has.
+
+    Raises:
+        ValueError: the file is not one of ours.
+    """
+    path = folder / BEGAN
+    if not path.exists():
+        return None
+    found, where = jf.read_object(path), str(path)
+    origin = jf.as_string(jf.required(found, "origin", where), f"{where}: origin")
+    return jf.as_object(jf.required(found, "config", where), f"{where}: config"), origin
