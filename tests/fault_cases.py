@@ -195,3 +195,68 @@ def first_killed_while_planning() -> None:
         return honest(model, batch, groups)
 
     loop.forward_backward = struck
+
+
+def configured(*flags: str) -> None:
+    """As if the TOML of this rank's node were another one."""
+    from flexsp.train import run
+
+    honest = run.load_config
+    run.load_config = lambda path, overrides: honest(path, [*overrides, *(flags if here() else [])])
+
+
+def other_lr() -> None:
+    configured("--train.lr", "1.0")
+
+
+def other_every() -> None:
+    configured("--checkpoint.every", "3", "--data.cache_dir", "data-of-another-node")
+
+
+def other_options() -> None:
+    """The same ones, written in another order; and one more."""
+    if here():
+        configured("--train.optimizer_options.eps", "1e-8", "--train.optimizer_options.amsgrad", "true")
+    else:
+        from flexsp.train import run
+
+        honest = run.load_config
+        run.load_config = lambda path, overrides: honest(path, [*overrides, "--train.optimizer_options.eps", "1e-8"])
+
+
+def other_places() -> None:
+    configured("--data.cache_dir", "data-of-another-node", "--data.workers", "1", "--data.source", "./rows.jsonl")
+
+
+def other_kind_of_place() -> None:
+    """The others would measure, and wait for this one."""
+    configured("--planner.profile", "")
+
+
+def other_version() -> None:
+    import numpy
+
+    if here():
+        numpy.__version__ = "1.0.7"
+
+
+def other_profile() -> None:
+    configured("--planner.profile", "profile-of-another-node.json")
+
+
+def other_seed() -> None:
+    honest = build.build_model
+    build.build_model = lambda config, seed: honest(config, seed + here())
+
+
+def one_other_weight() -> None:
+    honest = build.build_model
+
+    def struck(*arguments):
+        model = honest(*arguments)
+        if here():
+            with torch.no_grad():
+                model.model.norm.weight[-1] += 1e-6
+        return model
+
+    build.build_model = struck
