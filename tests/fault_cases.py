@@ -260,3 +260,20 @@ def one_other_weight() -> None:
         return model
 
     build.build_model = struck
+
+
+def full(stream: int) -> None:
+    """This rank's standard output or error is a file on a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+
+
+def first_has_a_full_output() -> None:
+    raises_in_forward()
+    if os.environ["RANK"] == "0":
+        full(1)
+
+
+def has_a_full_error() -> None:
+    raises_in_forward()
+    if here():
+        full(2)

@@ -133,7 +133,7 @@ def _processes(variable: str) -> Iterator[str]:
     """Command lines of processes that were started with this variable and are no zombies."""
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if variable.encode() in (path / "environ").read_bytes().split(b"\0"):
+            if os.fsencode(variable) in (path / "environ").read_bytes().split(b"\0"):
                 yield (path / "cmdline").read_text()
         except OSError:
             continue

@@ -137,6 +137,40 @@ def test_a_full_disk_under_the_records_is_named(launcher):
     one_line(ended, r"step 0, rank 0, writing the records in run.dir: OSError: \[Errno 28\] No space left on device .*")
 
 
+def test_a_full_disk_under_the_logs_costs_a_line_of_each_rank(launcher):
+    """logging would print a traceback for whatever is said: 1,215 lines of this run."""
+    logs = launcher.folder / "out-full-logs/logs"
+    logs.mkdir(parents=True)
+    for rank in (0, 1):
+        (logs / f"rank-{rank:04d}.log").symlink_to("/dev/full")
+    ended = launcher.run("none", "--run.dir", "out-full-logs")
+    assert ended.statuses == [0, 0]
+    assert sorted(ended.err.splitlines()) == [
+        f"out-full-logs/logs/rank-{rank:04d}.log: cannot be written (No space left on device) and gets no more"
+        for rank in (0, 1)
+    ]
+    assert "summary: steps: 5 of 5" in ended.out
+
+
+def test_a_full_disk_under_standard_output_or_error_costs_a_line(launcher):
+    cause = "flexsp train: step 2, rank 1, forward and backward: RuntimeError: the fan has stopped"
+    ended = launcher.run("first_has_a_full_output")
+    assert ended.statuses == [1, 1]
+    full, said = ended.err.splitlines()
+    assert full == "standard output: cannot be written (No space left on device) and gets no more"
+    assert said.startswith(cause)
+    ended = launcher.run("has_a_full_error")
+    assert (ended.statuses, ended.err) == ([1, 1], "")
+
+
+def test_a_name_that_is_no_utf8_is_logged_and_not_a_traceback(launcher):
+    source = os.fsdecode(b"caf\xe9.jsonl")
+    (launcher.folder / source).write_bytes((launcher.folder / "rows.jsonl").read_bytes())
+    ended = launcher.run("none", "--data.source", source, "--run.dir", "out-latin")
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+    assert "data: caf\\udce9.jsonl: 200 documents" in (launcher.folder / "out-latin/logs/rank-0000.log").read_text()
+
+
 def test_a_planner_that_dies_costs_a_warning_where_there_is_a_fallback(launcher):
     flags = ("--planner.name", "slow_planners:dies_at_the_third", "--run.dir", "out-fallback")
     ended = launcher.run("none", *flags)

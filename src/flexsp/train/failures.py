@@ -146,7 +146,8 @@ class Guard:
     def _say(self, text: str, status: int) -> int:
         """One line, unless another rank has the word: its line is waited for then. Returns the status to end with."""
         if self.has_word():
-            self._tell(text, status)
+            with suppress(OSError):  # standard error on a full disk: the others are to end all the same
+                self._tell(text, status)
             self._board.post("said", status)
             self._board.post("alarm", True)
             return status
