@@ -171,6 +171,14 @@ def test_a_name_that_is_no_utf8_is_logged_and_not_a_traceback(launcher):
     assert "data: caf\\udce9.jsonl: 200 documents" in (launcher.folder / "out-latin/logs/rank-0000.log").read_text()
 
 
+def test_a_run_that_diverges_ends_with_its_summary(launcher):
+    ended = launcher.run("none", "--train.lr", "1e20", "--train.grad_clip", "0", "--run.dir", "out-diverges")
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+    assert re.search(r"^summary: loss: 5\.\d+ -> nan$", ended.out, re.M), ended.out
+    found = json.loads((launcher.folder / "out-diverges/summary.json").read_text(), parse_constant=pytest.fail)
+    assert found["loss_last"] is None and found["loss_first"] > 5
+
+
 def test_a_planner_that_dies_costs_a_warning_where_there_is_a_fallback(launcher):
     flags = ("--planner.name", "slow_planners:dies_at_the_third", "--run.dir", "out-fallback")
     ended = launcher.run("none", *flags)
