@@ -277,3 +277,27 @@ def has_a_full_error() -> None:
     raises_in_forward()
     if here():
         full(2)
+
+
+def out_of_memory_in_building() -> None:
+    honest = build.AutoConfig.for_model
+
+    def struck(*arguments, **fields):
+        if here():
+            raise MemoryError("Unable to allocate 4.00 GiB")
+        return honest(*arguments, **fields)
+
+    build.AutoConfig.for_model = struck
+
+
+def out_of_memory_in_evaluation() -> None:
+    from flexsp.train import evaluate
+
+    honest = evaluate.forward_only
+
+    def struck(*arguments):
+        if here():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return honest(*arguments)
+
+    evaluate.forward_only = struck

@@ -179,6 +179,24 @@ def test_a_run_that_diverges_ends_with_its_summary(launcher):
     assert found["loss_last"] is None and found["loss_first"] > 5
 
 
+def test_memory_that_runs_out_in_building_is_no_fault_of_the_model(launcher):
+    ended = launcher.run("out_of_memory_in_building")
+    assert ended.statuses == [1, 1]
+    one_line(ended, r"rank 1, building the model: MemoryError: Unable to allocate 4\.00 GiB \(traceback in .*\)")
+
+
+def test_memory_that_runs_out_in_an_evaluation_raises_the_estimate(launcher):
+    flags = ("--eval.every", "2", "--data.held_out", "20", "--run.dir", "out-evaluation")
+    ended = launcher.run("out_of_memory_in_evaluation", *flags)
+    assert ended.statuses == [1, 1]
+    learned = "out-evaluation/profile.json"
+    one_line(ended, r"step 1: out of memory on rank 1 in the evaluation after it; the estimate is raised to [\d,]+ "
+             rf"bytes a token and saved in {learned}: start the same command again to plan within it")  # fmt: skip
+    ended = launcher.run("none", *flags)
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+    assert f"profile: going on from what the last run in this folder learned, {learned}" in ended.out
+
+
 def test_a_planner_that_dies_costs_a_warning_where_there_is_a_fallback(launcher):
     flags = ("--planner.name", "slow_planners:dies_at_the_third", "--run.dir", "out-fallback")
     ended = launcher.run("none", *flags)

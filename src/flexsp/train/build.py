@@ -28,6 +28,7 @@ from flexsp.profiler import load_or_measure, measure_profile, profile_path
 from flexsp.track import Track, silent
 from flexsp.train.config import Config, DataConfig, ModelConfig, TrainConfig
 from flexsp.train.display import Display
+from flexsp.train.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
             model_type = fields.pop("model_type", "")
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=weights)
     except Exception as error:  # of the model's own code: of any kind
+        if is_out_of_memory(error):  # of this rank alone, and nothing to correct in the model
+            raise
         key = f"model.path={config.path!r}" if config.path else f"model.config={config.config!r}"
         said = " ".join(str(error).split())
         raise ValueError(f"{key}: transformers cannot make this model ({said}); correct it") from None
