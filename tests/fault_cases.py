@@ -301,3 +301,21 @@ def out_of_memory_in_evaluation() -> None:
         return honest(*arguments)
 
     evaluate.forward_only = struck
+
+
+def raises_value_error_early() -> None:
+    def strike():
+        raise ValueError("a tensor of this rank is odd")
+
+    build_of(strike)
+
+
+def finds_bad_input_late() -> None:
+    build_of(lambda: time.sleep(3))
+
+
+def has_no_config() -> None:
+    from flexsp.train import run
+
+    honest = run.load_config
+    run.load_config = lambda path, overrides: honest("none.toml" if here() else path, overrides)

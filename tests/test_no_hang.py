@@ -26,12 +26,13 @@ CAUSES = {
     "raises_value_error_in_forward": r"step 2, rank 1, forward and backward: ValueError: an odd shape",
     "raises_in_backward": r"step 2, rank 1, forward and backward: ArithmeticError: no gradient today",
     "raises_in_optimizer": r"step 2, rank 1, the optimizer's step: RuntimeError: no step today",
+    "raises_value_error_early": r"rank 1, building the model: ValueError: a tensor of this rank is odd",
     "raises_early": r"rank 1, building the model: OSError: the shelf is empty",
 }
 
 
 SLOW = pytest.mark.slow
-QUICK = ("raises_in_forward", "raises_in_backward", "raises_early")
+QUICK = ("raises_in_forward", "raises_in_backward", "raises_value_error_early", "raises_early")
 
 
 @pytest.mark.parametrize("fault", [each if each in QUICK else pytest.param(each, marks=SLOW) for each in CAUSES])
@@ -42,6 +43,20 @@ def test_an_exception_of_one_rank_is_said_once_and_its_traceback_kept(launcher, 
     one_line(ended, re.escape(f"{CAUSES[fault]} (traceback in {kept})"))
     text = (launcher.folder / kept).read_text()
     assert "Traceback (most recent call last)" in text and "fault_cases.py" in text
+
+
+def test_bad_input_that_all_ranks_find_is_said_without_a_rank_and_with_status_2(launcher):
+    """Each finds it by itself, one of them seconds later."""
+    ended = launcher.run("finds_bad_input_late", "--model.config.hidden_act", "frown")
+    assert ended.statuses == [2, 2]
+    one_line(ended, r"model\.config=.*: transformers cannot make this model \(.*frown.*\); correct it")
+    assert list((launcher.folder / "out-finds_bad_input_late").glob("error-*")) == []
+
+
+def test_a_configuration_that_one_rank_cannot_read_ends_the_others_without_another_line(launcher):
+    ended = launcher.run("has_no_config")
+    assert ended.statuses == [2, 2]
+    one_line(ended, r"none\.toml: cannot be read \(No such file or directory\); give a TOML file")
 
 
 FOUND = r"; found by rank [023] \(step 2, forward and backward.*\)"

@@ -12,6 +12,7 @@ Ranks speak to each other over the board (`flexsp.train.ranks.Board`). Without i
 its own.
 
     first       a counter: who raises it to 1 has the word
+    alike/HASH  a counter: how many ranks have ended with this ValueError
     caller      a counter: who raises it to 1 calls the roll
     alarm       something is wrong: answer
     found/RANK  the answer
@@ -22,6 +23,7 @@ its own.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import signal
@@ -128,7 +130,7 @@ class Guard:
     def _explain(self, error: BaseException) -> int:
         """Says what there is to say of an exception of the main thread; returns the exit status."""
         text = " ".join(str(error).split())
-        if isinstance(error, (OutOfMemoryError, *OF_ALL_RANKS)) or _is_bad_input(error, self.place.step):
+        if isinstance(error, (OutOfMemoryError, *OF_ALL_RANKS)) or self._is_bad_input(error, text):
             if error.__cause__ is not None:  # raised on all ranks, caused here
                 self._keep(error)
             return self._say(text, 2 if isinstance(error, ValueError) else 1)
@@ -142,6 +144,29 @@ class Guard:
         if status:
             self._keep(error)
         return status
+
+    def _is_bad_input(self, error: BaseException, text: str) -> bool:
+        """Whether it is what all ranks find wrong alike, and not a ValueError of this rank's own.
+
+        In a step such an error names it. Before the first step and after the last, the ranks count who says the same:
+        what was sent to all of them they say at once, and what each finds by itself within seconds.
+        """
+        if not isinstance(error, ValueError):
+            return False
+        if self.place.step is not None:
+            return text.startswith(f"step {self.place.step}:")
+        if self._alone:
+            return True
+        key = "alike/" + hashlib.sha256(text.encode()).hexdigest()
+        self._board.add(key, 1)
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            late = time.monotonic() > until or self._board.add("first", 0)  # before the count: once all are, one speaks
+            if (self._board.add(key, 0) or self._world_size) >= self._world_size:
+                return True
+            if late:
+                return False
+            time.sleep(0.05)
 
     def _say(self, text: str, status: int) -> int:
         """One line, unless another rank has the word: its line is waited for then. Returns the status to end with."""
@@ -329,8 +354,3 @@ def leave(status: int, at_once: bool = False) -> NoReturn:
     if at_once or "RANK" in os.environ:
         os._exit(status)
     raise SystemExit(status)
-
-
-def _is_bad_input(error: BaseException, step: int | None) -> bool:
-    """Whether it is what all ranks find wrong alike, and not a ValueError of this rank's own in a step."""
-    return isinstance(error, ValueError) and (step is None or str(error).startswith(f"step {step}:"))
