@@ -25,6 +25,7 @@ from flexsp.train.display import step_text
 from flexsp.train.evaluate import Evaluation
 from flexsp.train.failures import Guard
 from flexsp.train.learn import Learner
+from flexsp.train.optimizers import build_optimizer
 from flexsp.train.out_of_memory import HEADROOM, OutOfMemoryError, describe, is_out_of_memory
 from flexsp.train.resume import Start
 from flexsp.train.throughput import Throughput
@@ -58,7 +59,7 @@ class Loop:
     def run(self) -> bool:
         """Trains what is left of the steps; False where SIGTERM, or the end of torchrun, ended it before the last."""
         config, learner, place, steps = self.config, self.learner, self.guard.place, self.config.train.steps
-        optimizer, schedule = build.build_optimizer(self.model, config.train)
+        optimizer, schedule = build_optimizer(self.model, config.train)
         checkpoints = Checkpoints(config, self.groups.control, self.data)
         first_step = 0 if self.start is None else self._load(self.start, checkpoints, optimizer, schedule)
         mixed = 0

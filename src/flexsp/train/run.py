@@ -27,6 +27,7 @@ from flexsp.train.export import save_pretrained
 from flexsp.train.failures import Guard, Say
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
+from flexsp.train.optimizers import check_optimizer
 from flexsp.train.ranks import joined_ranks
 from flexsp.train.resume import Start, check_data, find_start
 from flexsp.train.sinks import check_sinks
@@ -73,6 +74,7 @@ def train(config: Config, display: Display, guard: Guard) -> None:
     find_planner(config.planner.name)  # a wrong name is an error before anything slow
     timeout = datetime.timedelta(seconds=config.run.timeout_s)
     groups = GroupPool(timeout=timeout, transport=config.run.transport or None)
+    check_optimizer(config, groups.device)
     from_first_rank(lambda: check_sinks(config), groups)
     guard.place.at("looking for a checkpoint")
     start = from_first_rank(lambda: find_start(config), groups)
