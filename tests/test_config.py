@@ -40,12 +40,20 @@ def test_flags_override_keys(path):
         (["--planner.memory_fraction", "2"], r"planner.memory_fraction=2.0 must be at most 1"),
         (["--model.path", "x"], r"give exactly one of the two"),
         (["--train.steps.x", "1"], r"steps is no section"),
+        (["--planner.timeout_s", "700"], r"planner.timeout_s=700 must be less than run.timeout_s=600, for which the"),
     ],
 )
 def test_wrong_flags_are_named(path, flags, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_config(path, flags)
     assert "\n" not in str(raised.value)
+
+
+def test_a_planner_has_less_time_than_the_ranks_that_wait_for_it(path):
+    """Else they gave up first, and rank 0 was said to be at fault."""
+    assert load_config(path).planner.timeout_s == 300
+    assert load_config(path, ["--run.timeout_s", "15"]).planner.timeout_s == 7.5
+    assert load_config(path, ["--run.timeout_s", "15", "--planner.timeout_s", "14"]).planner.timeout_s == 14
 
 
 def test_files_that_cannot_be_read(tmp_path):
