@@ -319,3 +319,27 @@ def has_no_config() -> None:
 
     honest = run.load_config
     run.load_config = lambda path, overrides: honest("none.toml" if here() else path, overrides)
+
+
+def verifying(strike: Callable[[], Any], everywhere: bool = False) -> None:
+    from flexsp.train import verify
+
+    honest = verify.difference
+
+    def struck(*arguments):
+        if here() or everywhere:
+            strike()
+        return honest(*arguments)
+
+    verify.difference = struck
+
+
+def raises_in_verify() -> None:
+    def strike():
+        raise RuntimeError("the fan has stopped")
+
+    verifying(strike)
+
+
+def asked_in_verify() -> None:
+    verifying(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)), everywhere=True)

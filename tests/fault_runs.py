@@ -54,7 +54,7 @@ class Ended:
     @property
     def said(self) -> list[str]:
         """Our lines."""
-        return [line.removeprefix("flexsp train: ") for line in self.err.splitlines() if "flexsp train:" in line]
+        return [line.partition(": ")[2] for line in self.err.splitlines() if re.match("flexsp (train|verify):", line)]
 
 
 class Launcher:
@@ -69,11 +69,15 @@ class Launcher:
         )  # fmt: skip
         self._answer()
 
-    def run(self, fault: str, *flags: str, world_size: int = 2, agent: bool = True, kill_after_s: float = 30) -> Ended:
+    def run(
+        self, fault: str, *flags: str, world_size: int = 2, agent: bool = True, kill_after_s: float = 30,
+        command: str = "train",
+    ) -> Ended:  # fmt: skip
         """A run with a fault of `fault_cases`, in a folder `out-FAULT`; no process of it is left."""
         name = f"{self.folder}/{fault}/{' '.join(flags)}"
+        arguments = ["config.toml", "--run.dir", f"out-{fault}"] if command == "train" else []
         request = {
-            "fault": fault, "flags": ["--run.dir", f"out-{fault}", *flags], "world_size": world_size, "agent": agent,
+            "fault": fault, "arguments": [command, *arguments, *flags], "world_size": world_size, "agent": agent,
             "cwd": str(self.folder), "kill_after_s": kill_after_s, "name": name,
         }  # fmt: skip
         assert self._child.stdin is not None

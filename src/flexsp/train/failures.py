@@ -70,13 +70,15 @@ OF_ALL_RANKS = (CheckpointError, PlanMismatchError, PlannerError, RankError)
 class Guard:
     """Stands over one rank of a run, while inside: its exceptions, SIGTERM, other ranks' word, and standing still."""
 
-    def __init__(self, folder: Path, timeout_s: float, say: Say) -> None:
+    def __init__(self, folder: Path, timeout_s: float, say: Say, goes_on: bool = True) -> None:
         """
         Args:
             folder: of the run; tracebacks go there.
             timeout_s: of collectives.
             say: is given the line that this rank has to say, and the status that it ends with; from any thread.
+            goes_on: whether the same command goes on where SIGTERM ended this one, which is then no failure.
         """
+        self._goes_on = goes_on
         self._tell = say
         self.place = Place()
         self.stop = StopSignal()
@@ -299,11 +301,11 @@ class Guard:
 
     def _stopped(self) -> int:
         has_board = self._board.is_there and self.stop.cause != LAUNCHER_ENDED
+        status = 0 if self._goes_on else 128 + signal.SIGTERM
         if not has_board and self._rank != 0:
-            return 0
-        return self._say(
-            f"stopped by {self.stop.cause or SIGTERM} while {self.place.phase}; the same command goes on", 0
-        )
+            return status
+        fate = "; the same command goes on" if self._goes_on else ""
+        return self._say(f"stopped by {self.stop.cause or SIGTERM} while {self.place.phase}{fate}", status)
 
     def _end(self, how: Callable[[], int]) -> None:
         """In the watching thread: ends the process, unless the main thread is about to, and soon."""
