@@ -343,3 +343,16 @@ def raises_in_verify() -> None:
 
 def asked_in_verify() -> None:
     verifying(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)), everywhere=True)
+
+
+def writer_stalls() -> None:
+    from flexsp.train import safe_load
+
+    honest = safe_load.write_digests
+
+    def struck(*arguments):
+        if here():
+            time.sleep(1000)
+        return honest(*arguments)
+
+    safe_load.write_digests = struck

@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from fault_runs import ANSWER_S, one_line
+from flexsp.train.failures import Guard
 from flexsp.train.roll_call import Kind, Report, verdict
 
 CAUSES = {
@@ -319,6 +321,34 @@ def _children(pid: int) -> list[int]:
 
 def _environment(pid: int) -> list[bytes]:
     return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+@pytest.mark.parametrize("error", [dist.DistNetworkError("Broken pipe"), RuntimeError("Connection closed by peer")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_needs_the_store_of_a_torchrun_that_has_ended_blames_no_rank(tmp_path, monkeypatch, rank, error):
+    """For a new communicator, say. The ranks are two objects here."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("TORCHELASTIC_RUN_ID", "x")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    said: list[tuple[str, int]] = []
+    guard = Guard(tmp_path, 60.0, lambda text, status: said.append((text, status)))
+    guard.place.at("forward and backward", 7)
+    where = f"step 7, rank {rank}, forward and backward: {type(error).__name__}: {error}"
+    with guard:
+        assert guard._explain(error) == 1 and said.pop()[0].startswith(where)  # torchrun lives
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert guard._explain(error) == 1
+    words = "stopped by the end of torchrun in step 7, forward and backward; the same command goes on"
+    assert said == ([(words, 1)] if rank == 0 else [])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_writing_stalls_names_the_rank(launcher):
+    flags = ("--run.timeout_s", "10", "--planner.timeout_s", "9", "--checkpoint.every", "2")
+    ended = launcher.run("writer_stalls", *flags)
+    assert ended.statuses == [1, 1]
+    one_line(ended, r"step \d: rank 1 \(step \d, saving a checkpoint, at .*\) has not moved for \d+ s; waited for by "
+             r"rank 0 \(step \d, saving a checkpoint\)")  # fmt: skip
 
 
 def answer(rank: int, kind: Kind, **said: object) -> Report:

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
@@ -140,12 +141,32 @@ class Guard:
             return self._say("interrupted", 130)
         cause = f"{type(error).__name__}: {text[:LONGEST]}"
         kind = failed_collective(error)
+        if (kind is not None or isinstance(error, dist.DistNetworkError)) and self._is_orphan(error):
+            return self._orphaned()
         if kind is None or self._alone:
             return self._say(f"{self._where()}: {cause} ({self._keep(error)})", 1)
         status = self._find_out(kind, cause)
         if status:
             self._keep(error)
         return status
+
+    def _is_orphan(self, error: BaseException) -> bool:
+        """Whether torchrun's agent has ended, and so its store. That is seen a moment before it is another parent's."""
+        until = time.monotonic() + (TICK_S if isinstance(error, dist.DistNetworkError) else 0.0)
+        while True:
+            self.stop.look_for_launcher()
+            if self.stop.cause == LAUNCHER_ENDED or time.monotonic() > until:
+                return self.stop.cause == LAUNCHER_ENDED
+            time.sleep(0.02)
+
+    def _orphaned(self) -> int:
+        """Torchrun has ended, and there is no board to agree on who speaks: rank 0 does."""
+        if self._rank == 0:
+            step = "" if self.place.step is None else f"step {self.place.step}, "
+            text = f"stopped by {LAUNCHER_ENDED} in {step}{self.place.phase}; the same command goes on"
+            with suppress(OSError):
+                self._tell(text, 1)
+        return 1
 
     def _is_bad_input(self, error: BaseException, text: str) -> bool:
         """Whether it is what all ranks find wrong alike, and not a ValueError of this rank's own.
