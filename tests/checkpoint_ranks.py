@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexsp.parallel import GroupPool, prepare_model
 from flexsp.train import checkpoint, safe_load
-from flexsp.train.build import build_optimizer
 from flexsp.train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from flexsp.train.config import Config, parse_config
+from flexsp.train.optimizers import build_optimizer
 from flexsp.train.resume import find_start, resume_point
 from profiles import profile
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from fault_runs import folder, launcher  # noqa: F401  fixtures
 from rank_pool import RankPool
 
 

@@ -246,3 +246,164 @@ def first_killed_while_planning() -> None:
         return honest(model, batch, groups)
 
     loop.forward_backward = struck
+
+
+def configured(*flags: str) -> None:
+    """As if the TOML of this rank's node were another one."""
+    from flexsp.train import run
+
+    honest = run.load_config
+    run.load_config = lambda path, overrides: honest(path, [*overrides, *(flags if here() else [])])
+
+
+def other_lr() -> None:
+    configured("--train.lr", "1.0")
+
+
+def other_every() -> None:
+    configured("--checkpoint.every", "3", "--data.cache_dir", "data-of-another-node")
+
+
+def other_options() -> None:
+    """The same ones, written in another order; and one more."""
+    if here():
+        configured("--train.optimizer_options.eps", "1e-8", "--train.optimizer_options.amsgrad", "true")
+    else:
+        from flexsp.train import run
+
+        honest = run.load_config
+        run.load_config = lambda path, overrides: honest(path, [*overrides, "--train.optimizer_options.eps", "1e-8"])
+
+
+def other_places() -> None:
+    configured("--data.cache_dir", "data-of-another-node", "--data.workers", "1", "--data.source", "./rows.jsonl")
+
+
+def other_kind_of_place() -> None:
+    """The others would measure, and wait for this one."""
+    configured("--planner.profile", "")
+
+
+def other_version() -> None:
+    import numpy
+
+    if here():
+        numpy.__version__ = "1.0.7"
+
+
+def other_profile() -> None:
+    configured("--planner.profile", "profile-of-another-node.json")
+
+
+def other_seed() -> None:
+    honest = build.build_model
+    build.build_model = lambda config, seed: honest(config, seed + here())
+
+
+def one_other_weight() -> None:
+    honest = build.build_model
+
+    def struck(*arguments):
+        model = honest(*arguments)
+        if here():
+            with torch.no_grad():
+                model.model.norm.weight[-1] += 1e-6
+        return model
+
+    build.build_model = struck
+
+
+def full(stream: int) -> None:
+    """This rank's standard output or error is a file on a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), stream)
+
+
+def first_has_a_full_output() -> None:
+    raises_in_forward()
+    if os.environ["RANK"] == "0":
+        full(1)
+
+
+def has_a_full_error() -> None:
+    raises_in_forward()
+    if here():
+        full(2)
+
+
+def out_of_memory_in_building() -> None:
+    honest = build.AutoConfig.for_model
+
+    def struck(*arguments, **fields):
+        if here():
+            raise MemoryError("Unable to allocate 4.00 GiB")
+        return honest(*arguments, **fields)
+
+    build.AutoConfig.for_model = struck
+
+
+def out_of_memory_in_evaluation() -> None:
+    from flexsp.train import evaluate
+
+    honest = evaluate.forward_only
+
+    def struck(*arguments):
+        if here():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return honest(*arguments)
+
+    evaluate.forward_only = struck
+
+
+def raises_value_error_early() -> None:
+    def strike():
+        raise ValueError("a tensor of this rank is odd")
+
+    build_of(strike)
+
+
+def finds_bad_input_late() -> None:
+    build_of(lambda: time.sleep(3))
+
+
+def has_no_config() -> None:
+    from flexsp.train import run
+
+    honest = run.load_config
+    run.load_config = lambda path, overrides: honest("none.toml" if here() else path, overrides)
+
+
+def verifying(strike: Callable[[], Any], everywhere: bool = False) -> None:
+    from flexsp.train import verify
+
+    honest = verify.difference
+
+    def struck(*arguments):
+        if here() or everywhere:
+            strike()
+        return honest(*arguments)
+
+    verify.difference = struck
+
+
+def raises_in_verify() -> None:
+    def strike():
+        raise RuntimeError("the fan has stopped")
+
+    verifying(strike)
+
+
+def asked_in_verify() -> None:
+    verifying(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)), everywhere=True)
+
+
+def writer_stalls() -> None:
+    from flexsp.train import safe_load
+
+    honest = safe_load.write_digests
+
+    def struck(*arguments):
+        if here():
+            time.sleep(1000)
+        return honest(*arguments)
+
+    safe_load.write_digests = struck

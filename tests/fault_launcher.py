@@ -24,7 +24,8 @@ def serve() -> None:
     import torch.distributed as dist
 
     import flexsp.cli.main
-    import flexsp.train.run  # noqa: F401
+    import flexsp.train.run
+    import flexsp.train.verify  # noqa: F401
 
     torch.set_num_threads(1)
     answers.write("ready\n")
@@ -74,7 +75,7 @@ def start(rank: int, port: int, request: dict, out: int, err: int) -> int:
         from flexsp.cli.main import main
 
         getattr(fault_cases, request["fault"])()
-        status = main(["train", "config.toml", *request["flags"]])
+        status = main(request["arguments"])
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from flexsp.train.config import load_config
+from flexsp.train.optimizers import check_optimizer
 
 BASE = '[model]\nconfig = { model_type = "llama" }\n'
 
@@ -38,12 +40,20 @@ def test_flags_override_keys(path):
         (["--planner.memory_fraction", "2"], r"planner.memory_fraction=2.0 must be at most 1"),
         (["--model.path", "x"], r"give exactly one of the two"),
         (["--train.steps.x", "1"], r"steps is no section"),
+        (["--planner.timeout_s", "700"], r"planner.timeout_s=700 must be less than run.timeout_s=600, for which the"),
     ],
 )
 def test_wrong_flags_are_named(path, flags, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_config(path, flags)
     assert "\n" not in str(raised.value)
+
+
+def test_a_planner_has_less_time_than_the_ranks_that_wait_for_it(path):
+    """Else they gave up first, and rank 0 was said to be at fault."""
+    assert load_config(path).planner.timeout_s == 300
+    assert load_config(path, ["--run.timeout_s", "15"]).planner.timeout_s == 7.5
+    assert load_config(path, ["--run.timeout_s", "15", "--planner.timeout_s", "14"]).planner.timeout_s == 14
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -82,3 +92,40 @@ def test_files_that_are_no_toml(tmp_path):
             load_config(tmp_path / "bad.toml")
     with pytest.raises(ValueError, match=r"/dev/zero: (must be at most|is not TOML)"):
         load_config("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.lr_schedule", "reduce_lr_on_plateau"], r"reduce_lr_on_plateau' needs a metric at each step, which"),
+        (["--train.lr_schedule", "greedy"], r"train.lr_schedule='greedy' needs a metric at each step, which it is not"),
+        (["--train.lr_schedule", "warmup_stable_decay"], r"lr_schedule='warmup_stable_decay': .*'num_decay_steps'; ch"),
+        (["--train.lr_schedule", "piecewise"], r"train.lr_schedule='piecewise': .*; choose another"),
+        (["--train.optimizer_options.betas", "[0.9, 0.9, 0.9]"], r"optimizer_options=.*: adamw takes no step with .*"),
+        (["--train.optimizer_options.capturable", "true"], r"optimizer_options={'capturable': True}: .*; correct them"),
+        (["--train.optimizer_options.betas", "0.9"], r"train.optimizer_options={'betas': 0.9}: .*; correct them"),
+        (
+            ["--train.optimizer", "sgd", "--train.optimizer_options.momentum", "much"],
+            r"optimizer_options={'momentum'.*",
+        ),
+    ],
+)
+def test_what_an_optimizer_or_schedule_does_not_take_is_found_before_anything_slow(path, flags, message):
+    """Each was found in the first step, as the fault of a rank."""
+    config = load_config(path, flags)
+    with pytest.raises(ValueError, match=message) as raised:
+        check_optimizer(config, torch.device("cpu"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--train.lr_schedule", "linear", "--train.warmup_steps", "3"],
+        ["--train.optimizer", "sgd", "--train.optimizer_options.momentum", "0.9", "--model.weights", "bfloat16"],
+        ["--train.optimizer", "adam", "--train.optimizer_options.fused", "true", "--train.lr_schedule", "inverse_sqrt"],
+    ],
+)
+def test_optimizers_and_schedules_that_run_are_taken(path, flags):
+    check_optimizer(load_config(path, flags), torch.device("cpu"))

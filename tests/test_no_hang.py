@@ -9,161 +9,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
-import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from fault_runs import ANSWER_S, one_line
+from flexsp.train.failures import Guard
 from flexsp.train.roll_call import Kind, Report, verdict
-from profiles import profile_json
-
-CONFIG = """
-[model]
-config = { model_type = "llama", vocab_size = 256, hidden_size = 32, intermediate_size = 64, num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, max_position_embeddings = 256 }
-[data]
-source = "rows.jsonl"
-cache_dir = "data"
-max_length = 256
-[planner]
-profile = "profile.json"
-correct = false
-timeout_s = 20
-[train]
-steps = 5
-batch_size = 8
-[checkpoint]
-every = 0
-[run]
-dir = "out"
-save_model = false
-timeout_s = 60
-"""  # noqa: E501
-ANSWER_S = 200.0
-"""What a test waits for at the most; a hang is longer."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A run that has ended, of whatever kind."""
-
-    statuses: list[int]
-    out: str
-    err: str
-
-    @property
-    def said(self) -> list[str]:
-        """Our lines."""
-        return [line.removeprefix("flexsp train: ") for line in self.err.splitlines() if "flexsp train:" in line]
-
-
-class Launcher:
-    """Starts runs in one folder; see `fault_launcher`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fault_launcher.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        self._answer()
-
-    def run(self, fault: str, *flags: str, world_size: int = 2, agent: bool = True, kill_after_s: float = 30) -> Ended:
-        """A run with a fault of `fault_cases`, in a folder `out-FAULT`; no process of it is left."""
-        name = f"{self.folder}/{fault}/{' '.join(flags)}"
-        request = {
-            "fault": fault, "flags": ["--run.dir", f"out-{fault}", *flags], "world_size": world_size, "agent": agent,
-            "cwd": str(self.folder), "kill_after_s": kill_after_s, "name": name,
-        }  # fmt: skip
-        assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps(request) + "\n")
-        answer = json.loads(self._answer())
-        assert left_over(name) == []
-        return Ended(answer["statuses"], answer["out"], answer["err"])
-
-    def _answer(self) -> str:
-        assert self._child.stdout is not None
-        ready, _, _ = select.select([self._child.stdout], [], [], ANSWER_S)
-        if not ready:
-            self.close()
-            raise AssertionError(f"the run has not ended within {ANSWER_S} s")
-        return self._child.stdout.readline()
-
-    def close(self) -> None:
-        os.killpg(self._child.pid, 9)
-        self._child.communicate()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Corpus, profile and configuration of a run that takes a second."""
-    made = tmp_path_factory.mktemp("faults")
-    draw = random.Random(0)
-    rows = [[draw.randrange(256) for _ in range(draw.randrange(4, 120))] for _ in range(200)]
-    (made / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-    provenance = {"source": "estimated", "max_tokens_per_rank": 400}
-    for devices in (2, 4):
-        document = profile_json(devices, 400, provenance=provenance)
-        (made / f"profile{devices if devices > 2 else ''}.json").write_text(json.dumps(document))
-    (made / "config.toml").write_text(CONFIG)
-    return made
-
-
-@pytest.fixture(scope="module")
-def launcher(folder: Path) -> Iterator[Launcher]:
-    made = Launcher(folder)
-    yield made
-    made.close()
-
-
-def left_over(name: str) -> list[str]:
-    """What still runs of a run a few seconds after its ranks have ended: planners, whose input has."""
-    found: list[str] = []
-    until = time.monotonic() + 10.0
-    while time.monotonic() < until:
-        found = list(_processes(f"FLEXSP_TEST_RUN={name}"))
-        if not found:
-            break
-        time.sleep(0.1)
-    return found
-
-
-def _processes(variable: str) -> Iterator[str]:
-    """Command lines of processes that were started with this variable and are no zombies."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if variable.encode() in (path / "environ").read_bytes().split(b"\0"):
-                yield (path / "cmdline").read_text()
-        except OSError:
-            continue
-
-
-def one_line(ended: Ended, pattern: str) -> None:
-    """One line of ours, which says this, and no traceback."""
-    assert len(ended.said) == 1, ended.err[-3000:]
-    assert re.fullmatch(pattern, ended.said[0]), ended.said[0]
-    assert "Traceback" not in ended.err and 'File "' not in ended.err, ended.err[-3000:]
-
 
 CAUSES = {
     "raises_in_forward": r"step 2, rank 1, forward and backward: RuntimeError: the fan has stopped",
     "raises_value_error_in_forward": r"step 2, rank 1, forward and backward: ValueError: an odd shape",
     "raises_in_backward": r"step 2, rank 1, forward and backward: ArithmeticError: no gradient today",
     "raises_in_optimizer": r"step 2, rank 1, the optimizer's step: RuntimeError: no step today",
+    "raises_value_error_early": r"rank 1, building the model: ValueError: a tensor of this rank is odd",
     "raises_early": r"rank 1, building the model: OSError: the shelf is empty",
 }
 
 
 SLOW = pytest.mark.slow
-QUICK = ("raises_in_forward", "raises_in_backward", "raises_early")
+QUICK = ("raises_in_forward", "raises_in_backward", "raises_value_error_early", "raises_early")
 
 
 @pytest.mark.parametrize("fault", [each if each in QUICK else pytest.param(each, marks=SLOW) for each in CAUSES])
@@ -174,6 +45,20 @@ def test_an_exception_of_one_rank_is_said_once_and_its_traceback_kept(launcher, 
     one_line(ended, re.escape(f"{CAUSES[fault]} (traceback in {kept})"))
     text = (launcher.folder / kept).read_text()
     assert "Traceback (most recent call last)" in text and "fault_cases.py" in text
+
+
+def test_bad_input_that_all_ranks_find_is_said_without_a_rank_and_with_status_2(launcher):
+    """Each finds it by itself, one of them seconds later."""
+    ended = launcher.run("finds_bad_input_late", "--model.config.hidden_act", "frown")
+    assert ended.statuses == [2, 2]
+    one_line(ended, r"model\.config=.*: transformers cannot make this model \(.*frown.*\); correct it")
+    assert list((launcher.folder / "out-finds_bad_input_late").glob("error-*")) == []
+
+
+def test_a_configuration_that_one_rank_cannot_read_ends_the_others_without_another_line(launcher):
+    ended = launcher.run("has_no_config")
+    assert ended.statuses == [2, 2]
+    one_line(ended, r"none\.toml: cannot be read \(No such file or directory\); give a TOML file")
 
 
 FOUND = r"; found by rank [023] \(step 2, forward and backward.*\)"
@@ -267,6 +152,66 @@ def test_a_full_disk_under_the_records_is_named(launcher):
     ended = launcher.run("none", "--run.dir", "out-full")
     assert ended.statuses == [1, 1]
     one_line(ended, r"step 0, rank 0, writing the records in run.dir: OSError: \[Errno 28\] No space left on device .*")
+
+
+def test_a_full_disk_under_the_logs_costs_a_line_of_each_rank(launcher):
+    """logging would print a traceback for whatever is said: 1,215 lines of this run."""
+    logs = launcher.folder / "out-full-logs/logs"
+    logs.mkdir(parents=True)
+    for rank in (0, 1):
+        (logs / f"rank-{rank:04d}.log").symlink_to("/dev/full")
+    ended = launcher.run("none", "--run.dir", "out-full-logs")
+    assert ended.statuses == [0, 0]
+    assert sorted(ended.err.splitlines()) == [
+        f"out-full-logs/logs/rank-{rank:04d}.log: cannot be written (No space left on device) and gets no more"
+        for rank in (0, 1)
+    ]
+    assert "summary: steps: 5 of 5" in ended.out
+
+
+def test_a_full_disk_under_standard_output_or_error_costs_a_line(launcher):
+    cause = "flexsp train: step 2, rank 1, forward and backward: RuntimeError: the fan has stopped"
+    ended = launcher.run("first_has_a_full_output")
+    assert ended.statuses == [1, 1]
+    full, said = ended.err.splitlines()
+    assert full == "standard output: cannot be written (No space left on device) and gets no more"
+    assert said.startswith(cause)
+    ended = launcher.run("has_a_full_error")
+    assert (ended.statuses, ended.err) == ([1, 1], "")
+
+
+def test_a_name_that_is_no_utf8_is_logged_and_not_a_traceback(launcher):
+    source = os.fsdecode(b"caf\xe9.jsonl")
+    (launcher.folder / source).write_bytes((launcher.folder / "rows.jsonl").read_bytes())
+    ended = launcher.run("none", "--data.source", source, "--run.dir", "out-latin")
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+    assert "data: caf\\udce9.jsonl: 200 documents" in (launcher.folder / "out-latin/logs/rank-0000.log").read_text()
+
+
+def test_a_run_that_diverges_ends_with_its_summary(launcher):
+    ended = launcher.run("none", "--train.lr", "1e20", "--train.grad_clip", "0", "--run.dir", "out-diverges")
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+    assert re.search(r"^summary: loss: 5\.\d+ -> nan$", ended.out, re.M), ended.out
+    found = json.loads((launcher.folder / "out-diverges/summary.json").read_text(), parse_constant=pytest.fail)
+    assert found["loss_last"] is None and found["loss_first"] > 5
+
+
+def test_memory_that_runs_out_in_building_is_no_fault_of_the_model(launcher):
+    ended = launcher.run("out_of_memory_in_building")
+    assert ended.statuses == [1, 1]
+    one_line(ended, r"rank 1, building the model: MemoryError: Unable to allocate 4\.00 GiB \(traceback in .*\)")
+
+
+def test_memory_that_runs_out_in_an_evaluation_raises_the_estimate(launcher):
+    flags = ("--eval.every", "2", "--data.held_out", "20", "--run.dir", "out-evaluation")
+    ended = launcher.run("out_of_memory_in_evaluation", *flags)
+    assert ended.statuses == [1, 1]
+    learned = "out-evaluation/profile.json"
+    one_line(ended, r"step 1: out of memory on rank 1 in the evaluation after it; the estimate is raised to [\d,]+ "
+             rf"bytes a token and saved in {learned}: start the same command again to plan within it")  # fmt: skip
+    ended = launcher.run("none", *flags)
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+    assert f"profile: going on from what the last run in this folder learned, {learned}" in ended.out
 
 
 def test_a_planner_that_dies_costs_a_warning_where_there_is_a_fallback(launcher):
@@ -376,6 +321,34 @@ def _children(pid: int) -> list[int]:
 
 def _environment(pid: int) -> list[bytes]:
     return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+@pytest.mark.parametrize("error", [dist.DistNetworkError("Broken pipe"), RuntimeError("Connection closed by peer")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_needs_the_store_of_a_torchrun_that_has_ended_blames_no_rank(tmp_path, monkeypatch, rank, error):
+    """For a new communicator, say. The ranks are two objects here."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("TORCHELASTIC_RUN_ID", "x")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    said: list[tuple[str, int]] = []
+    guard = Guard(tmp_path, 60.0, lambda text, status: said.append((text, status)))
+    guard.place.at("forward and backward", 7)
+    where = f"step 7, rank {rank}, forward and backward: {type(error).__name__}: {error}"
+    with guard:
+        assert guard._explain(error) == 1 and said.pop()[0].startswith(where)  # torchrun lives
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert guard._explain(error) == 1
+    words = "stopped by the end of torchrun in step 7, forward and backward; the same command goes on"
+    assert said == ([(words, 1)] if rank == 0 else [])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_writing_stalls_names_the_rank(launcher):
+    flags = ("--run.timeout_s", "10", "--planner.timeout_s", "9", "--checkpoint.every", "2")
+    ended = launcher.run("writer_stalls", *flags)
+    assert ended.statuses == [1, 1]
+    one_line(ended, r"step \d: rank 1 \(step \d, saving a checkpoint, at .*\) has not moved for \d+ s; waited for by "
+             r"rank 0 \(step \d, saving a checkpoint\)")  # fmt: skip
 
 
 def answer(rank: int, kind: Kind, **said: object) -> Report:

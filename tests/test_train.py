@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_no_hang import Launcher
+from fault_runs import Launcher
 
 CONFIG = """
 [model]

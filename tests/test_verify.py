@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
+from fault_runs import one_line
 from flexsp.cli.main import main
 from flexsp.parallel.small import small_config
 from flexsp.train import verify
@@ -127,3 +128,19 @@ def test_a_small_model_has_each_kind_of_layer_and_its_own_heads(kind):
     assert small.hidden_size < 1024
     assert (getattr(config, "sliding_window", None) is None) or small.sliding_window == 16
     assert config.to_dict() == before
+
+
+def test_a_rank_that_fails_is_one_line_with_its_rank(launcher):
+    """It was a traceback of each rank."""
+    (launcher.folder / "mixtral.json").write_text(json.dumps(MIXTRAL))
+    ended = launcher.run("raises_in_verify", "mixtral.json", command="verify")
+    assert ended.statuses == [1, 1]
+    kept = "flexsp-verify/error-rank-1.txt"
+    one_line(ended, rf"rank 1, comparing with one device: RuntimeError: the fan has stopped \(traceback in {kept}\)")
+    assert "fault_cases.py" in (launcher.folder / kept).read_text()
+
+
+def test_sigterm_is_not_taken_for_equal(launcher):
+    ended = launcher.run("asked_in_verify", "mixtral.json", command="verify")
+    assert ended.statuses == [143, 143]
+    one_line(ended, r"stopped by SIGTERM while comparing with one device")

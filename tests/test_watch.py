@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from flexsp.estimate.flops import flop_count
 from flexsp.plans import Group, MicroBatch, Plan
 from flexsp.train import rank_logs
+from flexsp.train import sinks as sinks_module
 from flexsp.train.config import Config, WatchConfig
 from flexsp.train.rank_logs import RankLog
 from flexsp.train.sinks import TensorBoard, check_sinks, open_sinks
@@ -124,25 +125,33 @@ def test_after_a_kill_tensorboard_shows_each_step_once(tmp_path):
 
 
 class Wandb(types.ModuleType):
-    """Records what the documented API is called with."""
+    """Stands in for the documented interface: of a run, rows are kept whose step is not below the one that it is at."""
 
-    def __init__(self, refuses: bool = False) -> None:
+    def __init__(self, refuses: bool = False, finish_s: float = 0.0) -> None:
         super().__init__("wandb")
         self.calls: list[tuple] = []
-        self.refuses = refuses
+        self.rows: dict[str, list[dict]] = {}
+        self.refuses, self.finish_s = refuses, finish_s
 
     def init(self, *, project, dir, id, resume, config):
         if self.refuses:
             raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login")
         self.calls.append(("init", project, dir, id, resume, config))
+        self.now = self.rows.setdefault(id, [])
         return self
 
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.calls.append(("define_metric", name, step_metric))
+
     def log(self, data: dict, step: int | None = None) -> None:
-        if step == 13:
+        if data["step"] == 13:
             raise OSError("no space")
-        self.calls.append(("log", data, step))
+        at = len(self.now) if step is None else step
+        if at >= len(self.now):
+            self.now += [{}] * (at - len(self.now)) + [data]
 
     def finish(self, exit_code: int | None = None) -> None:
+        time.sleep(self.finish_s)
         self.calls.append(("finish", exit_code))
 
 
@@ -157,16 +166,29 @@ def test_weights_and_biases_gets_every_row_and_the_same_run_when_it_goes_on(tmp_
     ids = []
     for first_step, append in ((0, False), (3, True), (0, False)):
         sinks = open_sinks(config, tmp_path, first_step, append)
-        sinks.write(row(first_step))
+        for step in range(first_step, first_step + 5):
+            sinks.write(row(step))
         sinks.close(failed=append)
-        (_, project, folder, known, resume, said), logged, finished = wandb.calls[-3:]
+        begun, *defined, finished = wandb.calls[-4:]
+        _, project, folder, known, resume, said = begun
         assert (project, folder, resume) == ("project", str(tmp_path), "allow")
         assert said["watch"]["wandb"] == "project" and said["train"]["steps"] == 30
-        assert logged == ("log", scalars(row(first_step)), first_step)
+        assert defined == [("define_metric", "step", None), ("define_metric", "*", "step")]
         assert finished == ("finish", int(append))
         ids.append(known)
     assert ids[0] == ids[1] != ids[2]  # the last one began anew
     assert all(ids)
+    # steps 3 and 4 were trained again after a kill: no row is lost
+    assert wandb.rows[ids[0]] == [{**scalars(row(s)), "step": s} for s in (0, 1, 2, 3, 4, 3, 4, 5, 6, 7)]
+
+
+def test_the_word_on_an_error_does_not_wait_for_weights_and_biases(tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks_module, "FINISH_S", 0.2)
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(finish_s=30.0))
+    sinks = open_sinks(watching(wandb="project"), tmp_path, 0, append=False)
+    began = time.monotonic()
+    sinks.close(failed=True)
+    assert time.monotonic() - began < 10
 
 
 def test_a_sink_that_fails_is_left_out_with_one_warning(tmp_path, monkeypatch, caplog):
@@ -176,7 +198,7 @@ def test_a_sink_that_fails_is_left_out_with_one_warning(tmp_path, monkeypatch, c
     for step in (12, 13, 14):
         sinks.write(row(step))
     sinks.close(failed=False)
-    assert [call[-1] for call in wandb.calls if call[0] == "log"] == [12]
+    assert [logged["step"] for logged in wandb.now] == [12]
     (record,) = caplog.records
     assert record.getMessage() == "watch: wandb failed (OSError: no space) and gets no more; metrics.jsonl goes on"
 

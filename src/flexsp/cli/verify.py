@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from typing import Any
 
@@ -40,8 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
                 tolerance=arguments.tolerance,
             ),
             partial(print, flush=True),
+            say,
         )
     except ValueError as error:
         if first_to_say(str(error)):
             raise
         return 2
+
+
+def say(text: str, status: int) -> None:
+    """How it ends where something goes wrong, in one line."""
+    print(f"flexsp verify: {text}", file=sys.stderr if status else sys.stdout, flush=True)

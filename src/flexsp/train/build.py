@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flexsp.data import Corpus, Overlong, Sequences, TokenStore, apply_context_limit, hold_out, open_corpus
@@ -26,20 +25,15 @@ from flexsp.planner.static import static_degree
 from flexsp.profile import Profile
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
 from flexsp.track import Track, silent
-from flexsp.train.config import Config, DataConfig, ModelConfig, TrainConfig
+from flexsp.train.config import Config, DataConfig, ModelConfig
 from flexsp.train.display import Display
+from flexsp.train.out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 ONE_DEGREE = ("static", "batch-adaptive")
 """Planners that choose no activation policy."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": torch.optim.SGD,
-}
-
 
 PATIENCE = datetime.timedelta(days=7)
 """How long ranks wait for those that tokenize on another node; one that dies is noticed at once."""
@@ -133,6 +127,8 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
             model_type = fields.pop("model_type", "")
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=weights)
     except Exception as error:  # of the model's own code: of any kind
+        if is_out_of_memory(error):  # of this rank alone, and nothing to correct in the model
+            raise
         key = f"model.path={config.path!r}" if config.path else f"model.config={config.config!r}"
         said = " ".join(str(error).split())
         raise ValueError(f"{key}: transformers cannot make this model ({said}); correct it") from None
@@ -202,27 +198,6 @@ def prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
 
 def _param_dtype(config: ModelConfig) -> torch.dtype | None:
     return DTYPES[config.dtype] if config.dtype != config.weights else None
-
-
-def build_optimizer(
-    model: PreTrainedModel, config: TrainConfig
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """The optimizer and the learning-rate schedule.
-
-    Raises:
-        ValueError: options that the optimizer does not have, or an unknown schedule.
-    """
-    try:
-        optimizer = OPTIMIZERS[config.optimizer](
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, **config.optimizer_options
-        )  # type: ignore[call-arg]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"train.optimizer_options={config.optimizer_options}: {error}; correct them") from None
-    try:
-        schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
-    except ValueError as error:
-        raise ValueError(f"train.lr_schedule={config.lr_schedule!r}: {error}; choose another") from None
-    return optimizer, schedule
 
 
 def build_profile(config: Config, model: PreTrainedModel, groups: GroupPool, display: Display) -> Profile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NewType, get_args, get_type_hints
 
@@ -83,7 +83,8 @@ class PlannerConfig:
     plan_ahead: int = 4
     """Batches planned ahead."""
     timeout_s: float = 300.0
-    """After which a plan that does not come ends the run with an error; less than run.timeout_s."""
+    """After which a plan that does not come ends the run with an error; less than run.timeout_s, and where it is not
+    given at most half of that."""
     replay: str = ""
     """The plans.jsonl of a run, or its folder: its steps are planned as they were then, and others by the planner."""
     correct: bool = True
@@ -253,6 +254,14 @@ def parse_config(document: Mapping[str, Any], where: str = "config") -> Config:
     if unknown:
         raise ValueError(f"{where}: section [{unknown[0][:60]}] is unknown; the sections are {', '.join(SECTIONS)}")
     config = Config(**{name: _section(name, document.get(name, {}), where) for name in SECTIONS})
+    if "timeout_s" not in document.get("planner", {}):
+        plan_s = min(config.planner.timeout_s, config.run.timeout_s / 2)
+        config = replace(config, planner=replace(config.planner, timeout_s=plan_s))
+    if config.planner.timeout_s >= config.run.timeout_s:  # the other ranks would give up first, and blame rank 0
+        raise ValueError(
+            f"{where}: planner.timeout_s={config.planner.timeout_s:g} must be less than run.timeout_s="
+            f"{config.run.timeout_s:g}, for which the other ranks wait; lower the one or raise the other"
+        )
     path, model = config.model.path, config.model.config
     if bool(path) == bool(model):
         raise ValueError(

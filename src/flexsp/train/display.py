@@ -13,6 +13,8 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from flexsp.train.rank_logs import Aloud
+
 Item = TypeVar("Item")
 
 
@@ -28,7 +30,7 @@ class Display:
                 console=self.console, show_time=False, show_level=False, show_path=False, highlighter=NullHighlighter()
             )
         elif not self.console.quiet:
-            self._handler = logging.StreamHandler(sys.stdout)
+            self._handler = Aloud(sys.stdout)
         self._handler.setFormatter(logging.Formatter("%(message)s"))
 
     def __enter__(self) -> Display:

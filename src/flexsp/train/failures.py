@@ -12,6 +12,7 @@ Ranks speak to each other over the board (`flexsp.train.ranks.Board`). Without i
 its own.
 
     first       a counter: who raises it to 1 has the word
+    alike/HASH  a counter: how many ranks have ended with this ValueError
     caller      a counter: who raises it to 1 calls the roll
     alarm       something is wrong: answer
     found/RANK  the answer
@@ -22,6 +23,7 @@ its own.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import signal
@@ -37,6 +39,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
@@ -68,13 +71,15 @@ OF_ALL_RANKS = (CheckpointError, PlanMismatchError, PlannerError, RankError)
 class Guard:
     """Stands over one rank of a run, while inside: its exceptions, SIGTERM, other ranks' word, and standing still."""
 
-    def __init__(self, folder: Path, timeout_s: float, say: Say) -> None:
+    def __init__(self, folder: Path, timeout_s: float, say: Say, goes_on: bool = True) -> None:
         """
         Args:
             folder: of the run; tracebacks go there.
             timeout_s: of collectives.
             say: is given the line that this rank has to say, and the status that it ends with; from any thread.
+            goes_on: whether the same command goes on where SIGTERM ended this one, which is then no failure.
         """
+        self._goes_on = goes_on
         self._tell = say
         self.place = Place()
         self.stop = StopSignal()
@@ -128,7 +133,7 @@ class Guard:
     def _explain(self, error: BaseException) -> int:
         """Says what there is to say of an exception of the main thread; returns the exit status."""
         text = " ".join(str(error).split())
-        if isinstance(error, (OutOfMemoryError, *OF_ALL_RANKS)) or _is_bad_input(error, self.place.step):
+        if isinstance(error, (OutOfMemoryError, *OF_ALL_RANKS)) or self._is_bad_input(error, text):
             if error.__cause__ is not None:  # raised on all ranks, caused here
                 self._keep(error)
             return self._say(text, 2 if isinstance(error, ValueError) else 1)
@@ -136,6 +141,8 @@ class Guard:
             return self._say("interrupted", 130)
         cause = f"{type(error).__name__}: {text[:LONGEST]}"
         kind = failed_collective(error)
+        if (kind is not None or isinstance(error, dist.DistNetworkError)) and self._is_orphan(error):
+            return self._orphaned()
         if kind is None or self._alone:
             return self._say(f"{self._where()}: {cause} ({self._keep(error)})", 1)
         status = self._find_out(kind, cause)
@@ -143,10 +150,52 @@ class Guard:
             self._keep(error)
         return status
 
+    def _is_orphan(self, error: BaseException) -> bool:
+        """Whether torchrun's agent has ended, and so its store. That is seen a moment before it is another parent's."""
+        until = time.monotonic() + (TICK_S if isinstance(error, dist.DistNetworkError) else 0.0)
+        while True:
+            self.stop.look_for_launcher()
+            if self.stop.cause == LAUNCHER_ENDED or time.monotonic() > until:
+                return self.stop.cause == LAUNCHER_ENDED
+            time.sleep(0.02)
+
+    def _orphaned(self) -> int:
+        """Torchrun has ended, and there is no board to agree on who speaks: rank 0 does."""
+        if self._rank == 0:
+            step = "" if self.place.step is None else f"step {self.place.step}, "
+            text = f"stopped by {LAUNCHER_ENDED} in {step}{self.place.phase}; the same command goes on"
+            with suppress(OSError):
+                self._tell(text, 1)
+        return 1
+
+    def _is_bad_input(self, error: BaseException, text: str) -> bool:
+        """Whether it is what all ranks find wrong alike, and not a ValueError of this rank's own.
+
+        In a step such an error names it. Before the first step and after the last, the ranks count who says the same:
+        what was sent to all of them they say at once, and what each finds by itself within seconds.
+        """
+        if not isinstance(error, ValueError):
+            return False
+        if self.place.step is not None:
+            return text.startswith(f"step {self.place.step}:")
+        if self._alone:
+            return True
+        key = "alike/" + hashlib.sha256(text.encode()).hexdigest()
+        self._board.add(key, 1)
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            late = time.monotonic() > until or self._board.add("first", 0)  # before the count: once all are, one speaks
+            if (self._board.add(key, 0) or self._world_size) >= self._world_size:
+                return True
+            if late:
+                return False
+            time.sleep(0.05)
+
     def _say(self, text: str, status: int) -> int:
         """One line, unless another rank has the word: its line is waited for then. Returns the status to end with."""
         if self.has_word():
-            self._tell(text, status)
+            with suppress(OSError):  # standard error on a full disk: the others are to end all the same
+                self._tell(text, status)
             self._board.post("said", status)
             self._board.post("alarm", True)
             return status
@@ -271,11 +320,11 @@ class Guard:
 
     def _stopped(self) -> int:
         has_board = self._board.is_there and self.stop.cause != LAUNCHER_ENDED
+        status = 0 if self._goes_on else 128 + signal.SIGTERM
         if not has_board and self._rank != 0:
-            return 0
-        return self._say(
-            f"stopped by {self.stop.cause or SIGTERM} while {self.place.phase}; the same command goes on", 0
-        )
+            return status
+        fate = "; the same command goes on" if self._goes_on else ""
+        return self._say(f"stopped by {self.stop.cause or SIGTERM} while {self.place.phase}{fate}", status)
 
     def _end(self, how: Callable[[], int]) -> None:
         """In the watching thread: ends the process, unless the main thread is about to, and soon."""
@@ -326,8 +375,3 @@ def leave(status: int, at_once: bool = False) -> NoReturn:
     if at_once or "RANK" in os.environ:
         os._exit(status)
     raise SystemExit(status)
-
-
-def _is_bad_input(error: BaseException, step: int | None) -> bool:
-    """Whether it is what all ranks find wrong alike, and not a ValueError of this rank's own in a step."""
-    return isinstance(error, ValueError) and (step is None or str(error).startswith(f"step {step}:"))

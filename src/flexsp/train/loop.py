@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from flexsp.train.display import step_text
 from flexsp.train.evaluate import Evaluation
 from flexsp.train.failures import Guard
 from flexsp.train.learn import Learner
-from flexsp.train.out_of_memory import OutOfMemoryError, describe, is_out_of_memory
+from flexsp.train.optimizers import build_optimizer
+from flexsp.train.out_of_memory import HEADROOM, OutOfMemoryError, describe, is_out_of_memory
 from flexsp.train.resume import Start, check_order, say_versions
 from flexsp.train.run_dir import write_began
 from flexsp.train.throughput import Throughput
@@ -61,7 +63,7 @@ class Loop:
     def run(self) -> bool:
         """Trains what is left of the steps; False where SIGTERM, or the end of torchrun, ended it before the last."""
         config, learner, place, steps = self.config, self.learner, self.guard.place, self.config.train.steps
-        optimizer, schedule = build.build_optimizer(self.model, config.train)
+        optimizer, schedule = build_optimizer(self.model, config.train)
         origin = "" if self.start is None else self.start.origin
         checkpoints = Checkpoints(config, self.groups.control, self.data, self.loader.sequence_ids, origin)
         first_step = 0 if self.start is None else self._load(self.start, checkpoints, optimizer, schedule)
@@ -86,7 +88,7 @@ class Loop:
                 metrics |= {**throughput.of(batch.lengths, metrics["step_s"]), **self._learned(batch, result)}
                 mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
                 place.at("evaluating", batch.step)
-                metrics |= self.evaluation.after_step(batch.step + 1, learner.profile, self._asked_to_stop)
+                metrics |= self._evaluate(batch.step)
                 line.say(step_text(metrics, str(batch.plan)))
                 place.at("writing the records in run.dir", batch.step)
                 records.write(metrics, batch)
@@ -130,6 +132,23 @@ class Loop:
             say_versions(start)
         return start.steps
 
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """After a step; what it adds to the step's metrics.
+
+        Raises:
+            OutOfMemoryError: memory ran out, on the first rank of which it did.
+        """
+        try:
+            return self.evaluation.after_step(step + 1, self.learner.profile, self._asked_to_stop)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            profile = self.learner.profile
+            policy = build.policy_for(profile, self.config.data.max_length)
+            raised = math.ceil(profile.activation_bytes_per_token(policy) / HEADROOM)
+            said = f"step {step}: out of memory on rank {dist.get_rank()} in the evaluation after it"
+            raise self._out_of_memory(said, raised, policy) from None
+
     def _asked_to_stop(self) -> bool:
         """A collective."""
         return bool(self.guard.stop.asked(self.groups.control))
@@ -154,7 +173,9 @@ class Loop:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise self._out_of_memory(batch) from None
+            num_layers = self.model.config.get_text_config().num_hidden_layers
+            found = describe(batch, clock_of(self.model), self.learner.profile, num_layers)
+            raise self._out_of_memory(*found) from None
 
     def _step(self, batch: PlannedBatch, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], StepResult]:
         """One optimizer step; returns its part of a line of metrics.jsonl, and what it computed."""
@@ -192,15 +213,18 @@ class Loop:
             metrics["fallback"] = True
         return metrics, result
 
-    def _out_of_memory(self, batch: PlannedBatch) -> RuntimeError:
+    def _out_of_memory(self, said: str, raised: int, policy: str | None) -> RuntimeError:
         """The error of a rank that ran out of memory, after the estimate for the next run has been raised and saved.
 
         Only the first rank that runs out does so: others end quietly, as those that wait for it.
+
+        Args:
+            said: where, with what.
+            raised: bytes a token of the next run's estimate.
+            policy: of which it is.
         """
         if not self.guard.has_word():
             return RuntimeError("another rank has failed already")
-        num_layers = self.model.config.get_text_config().num_hidden_layers
-        said, raised, policy = describe(batch, clock_of(self.model), self.learner.profile, num_layers)
         path = self.learner.save_raised(raised, policy)
         return OutOfMemoryError(
             f"{said}; the estimate is raised to {raised:,} bytes a token and saved in {path}: start the same command "

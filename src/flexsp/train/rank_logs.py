@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,41 @@ MOST_BYTES = 4 << 20
 """Of a file; then it goes on in a new one, and the one before is kept as .log.1."""
 FORMAT = "%(asctime)s %(levelname)s rank %(rank)d step %(step)s: %(message)s"
 FLEXSP, PYTHON_WARNINGS = "flexsp", "py.warnings"
+
+
+class GivesUp(logging.Handler):
+    """Part of a handler: what it cannot write to, a full disk say, it leaves alone from then on, after one line.
+
+    logging's own would write a traceback for each thing that is said.
+    """
+
+    where = "standard output"
+    _gave_up = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._gave_up:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):  # a fault of ours
+            super().handleError(record)
+            return
+        self._gave_up = True
+        with suppress(OSError):
+            print(f"{self.where}: cannot be written ({error.strerror}) and gets no more", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what could not be written
+            super().close()
+
+
+class Aloud(GivesUp, logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to a stream."""
+
+
+class File(GivesUp, RotatingFileHandler):
+    """Writes to a file of bounded size."""
 
 
 class RankLog:
@@ -41,10 +77,12 @@ class RankLog:
 
     def __enter__(self) -> RankLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = RotatingFileHandler(self.path, maxBytes=MOST_BYTES, backupCount=1, encoding="utf-8")
+        file = File(self.path, maxBytes=MOST_BYTES, backupCount=1, encoding="utf-8", errors="backslashreplace")
+        file.where = str(self.path)
         file.setFormatter(logging.Formatter(FORMAT))
         file.addFilter(self._tag)
-        aloud = logging.StreamHandler(sys.stderr)
+        aloud = Aloud(sys.stderr)
+        aloud.where = "standard error"
         aloud.setLevel(logging.WARNING)
         aloud.addFilter(self._first_time)
         aloud.setFormatter(logging.Formatter(f"[rank {self._rank}] %(message)s" if self._rank else "%(message)s"))

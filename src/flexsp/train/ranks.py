@@ -136,9 +136,16 @@ class Board:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other rank has said this yet, so that what all ranks find wrong is printed once."""
-    key = "said/" + hashlib.sha256(text.encode()).hexdigest()
-    return Board().add(key, 1) in (None, 1)  # better twice than not at all
+    """Whether no other rank has said this yet, so that what all ranks find wrong is printed once.
+
+    Ranks that find nothing wrong, with a TOML of their own say, learn that the word has been said; see `Guard`.
+    """
+    board = Board()
+    board.add("first", 1)
+    first = board.add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1) in (None, 1)  # better twice than never
+    board.post("said", 2)
+    board.post("alarm", True)
+    return first
 
 
 def _agent_store() -> Any:

@@ -18,7 +18,7 @@ from flexsp.planner.replay import read_plan_log
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.profiler.measure import from_first_rank
-from flexsp.train import build
+from flexsp.train import alike, build
 from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
@@ -27,6 +27,7 @@ from flexsp.train.export import save_pretrained
 from flexsp.train.failures import Guard, Say
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
+from flexsp.train.optimizers import check_optimizer
 from flexsp.train.ranks import joined_ranks
 from flexsp.train.resume import Start, check_data, resume_point
 from flexsp.train.run_dir import held_folder
@@ -59,7 +60,7 @@ def run_from_config(path: str, overrides: Sequence[str], say: Say) -> int:
 def train(config: Config, display: Display, guard: Guard) -> None:
     """One run.
 
-    1. Hold the run's folder; find the checkpoint to go on from, if any.
+    1. Compare what the ranks were started with. Hold the run's folder; find the checkpoint to go on from, if any.
     2. Open the corpus, and what it is evaluated on; build the model, join it to the ranks.
     3. Load or measure the profile; go on from what an earlier run in the same folder learned.
     4. Train on planned batches; one line of metrics a step. Measured times and memory correct the profile. Evaluations,
@@ -70,9 +71,11 @@ def train(config: Config, display: Display, guard: Guard) -> None:
     SIGTERM ends it after a step and a checkpoint; before the first step and after the last, at once.
     """
     transformers_logging.disable_progress_bar()
+    alike.check_alike(config)
     find_planner(config.planner.name)  # a wrong name is an error before anything slow
     timeout = datetime.timedelta(seconds=config.run.timeout_s)
     groups = GroupPool(timeout=timeout, transport=config.run.transport or None)
+    check_optimizer(config, groups.device)
     from_first_rank(lambda: check_sinks(config), groups)
     guard.place.at("waiting for run.dir")
     with held_folder(Path(config.run.dir), groups):
@@ -100,9 +103,12 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
         "model: %s, %s parameters, on %d ranks (%s)",
         type(model).__name__, f"{num_parameters:,}", dist.get_world_size(), dist.get_backend(),
     )  # fmt: skip
+    alike.check_weights(model, config, groups.control)
     model = build.prepare(model, config.model)
     guard.place.at("measuring the profile")
     measured = build.build_profile(config, model, groups, watch.display)
+    if config.planner.profile:
+        alike.check_profile(measured.to_json(), groups.control)
     saved = None if start is None else start.profile
     profile = from_first_rank(lambda: go_on(measured, folder, config.planner.correct, saved), groups)
     build.check_profile(profile, config, None if profile == measured else folder / FILE)

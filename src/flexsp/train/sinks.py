@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import secrets
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,11 @@ EVENTS = "tensorboard"
 """The folder of event files in that of the run."""
 WANDB_ID = "wandb_id.txt"
 """In the folder of the run: the id under which Weights & Biases knows it, the same when it goes on."""
+
+STEP = "step"
+"""What Weights & Biases draws over."""
+FINISH_S = 3.0
+"""How long the word on an error may wait for Weights & Biases to end its run."""
 
 
 class Sink(Protocol):
@@ -60,7 +67,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run of a project, the same when the run goes on. Steps that it has are ignored: the first row stays."""
+    """One run of a project, the same when the run goes on.
+
+    Its own count of rows only grows: a row for a step that it has is dropped. So it counts by itself, the step is a
+    metric beside the others, and they are drawn over it. Steps that were trained again are there twice.
+    """
 
     name = "wandb"
 
@@ -84,6 +95,8 @@ class WeightsAndBiases:
             path.write_text(known + "\n", encoding="utf-8")
         try:
             self._run = wandb.init(project=project, dir=str(folder), id=known, resume="allow", config={**config})
+            self._run.define_metric(STEP)
+            self._run.define_metric("*", step_metric=STEP)
         except Exception as error:  # of its own kinds
             said = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
@@ -92,10 +105,19 @@ class WeightsAndBiases:
             ) from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, STEP: step})
 
     def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+        if not failed:
+            self._run.finish(exit_code=0)
+            return
+        thread = threading.Thread(target=self._fail, name="flexsp-wandb", daemon=True)  # it may send for minutes
+        thread.start()
+        thread.join(FINISH_S)
+
+    def _fail(self) -> None:
+        with suppress(Exception):  # the run ends by another error, which is the one to say
+            self._run.finish(exit_code=1)
 
 
 class Sinks:

@@ -13,6 +13,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -29,6 +30,7 @@ from flexsp.parallel.small import make_small, quiet
 from flexsp.profile import Layout
 from flexsp.profiler.parts import read_model_config
 from flexsp.profiler.points import batch_of
+from flexsp.train.failures import Guard, Say
 from flexsp.train.one_device import difference, one_device
 from flexsp.train.ranks import joined_ranks
 
@@ -46,7 +48,10 @@ CHUNK_TOKENS = 32
 MASKED = 0.2
 """Share of the tokens that are no labels."""
 
-Say = Callable[[str], None]
+FOLDER = "flexsp-verify"
+"""Made in the current folder where a rank fails, for its traceback."""
+
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,40 +67,52 @@ class VerifyRequest:
     """Relative, of loss and gradients; None: that of the type."""
 
 
-def verify_model(request: VerifyRequest, tell: Say) -> int:
+def verify_model(request: VerifyRequest, tell: Tell, say: Say) -> int:
     """Compares, and returns the exit status: 0 within the tolerance, 1 beyond it.
 
     Args:
         request: what to compare.
         tell: takes what is found, line by line, on rank 0.
+        say: is given what goes wrong once the ranks are there, in one line and on one of them.
 
     Raises:
         ValueError: bad flags, or a config that cannot be read; or the model is refused, which the message says.
+        SystemExit: with the status, where something did go wrong.
     """
     if request.layers is not None and request.layers < 1:
         raise ValueError(f"--layers={request.layers} must be at least 1; leave it out for one layer of each kind")
     if request.tolerance is not None and not request.tolerance >= 0:
         raise ValueError(f"--tolerance={request.tolerance} must not be negative; give a relative difference")
-    tolerance = TOLERANCES[request.dtype] if request.tolerance is None else request.tolerance
     with quiet():
         config = _read(request.config)
         kind, config = _checked(config)
         model = _small_model(kind, config, request)
-    with joined_ranks(TIMEOUT_S) as device:
-        say = tell if dist.get_rank() == 0 else _say_nothing
-        for line in _described(config, model.config, request.dtype):
-            say(line)
-        if request.dtype == "bfloat16" and any(is_expert(name) for name, _ in model.named_parameters()):
-            say("in bfloat16 rounding may send a token to another expert, which is no fault; float32 tells")
-        worst = _worst(model, device, say)
-        held = all(each <= tolerance for each in worst)  # nan is not
-        world_size = dist.get_world_size()
-        verdict, beyond = ("equal", "within") if held else ("not equal", "beyond")
-        say(
-            f"{verdict}: on {world_size} rank{'s' * (world_size > 1)} loss and gradients differ by at most "
-            f"{worst[0]:.1e} and {worst[1]:.1e} from one device, {beyond} the tolerance of {tolerance:.0e}"
-        )
+    with Guard(Path(FOLDER), TIMEOUT_S, say, goes_on=False) as guard, guard.explaining():
+        guard.place.at("joining the other ranks")
+        with joined_ranks(TIMEOUT_S) as device, guard.explaining():
+            guard.place.at("comparing with one device")
+            held = _compare(config, model, request, tell if dist.get_rank() == 0 else _say_nothing, device)
     return 0 if held else 1
+
+
+def _compare(
+    config: PreTrainedConfig, model: PreTrainedModel, request: VerifyRequest, say: Tell, device: torch.device
+) -> bool:
+    """Whether loss and gradients are within the tolerance. A collective."""
+    tolerance = TOLERANCES[request.dtype] if request.tolerance is None else request.tolerance
+    for line in _described(config, model.config, request.dtype):
+        say(line)
+    if request.dtype == "bfloat16" and any(is_expert(name) for name, _ in model.named_parameters()):
+        say("in bfloat16 rounding may send a token to another expert, which is no fault; float32 tells")
+    worst = _worst(model, device, say)
+    held = all(each <= tolerance for each in worst)  # nan is not
+    world_size = dist.get_world_size()
+    verdict, beyond = ("equal", "within") if held else ("not equal", "beyond")
+    say(
+        f"{verdict}: on {world_size} rank{'s' * (world_size > 1)} loss and gradients differ by at most "
+        f"{worst[0]:.1e} and {worst[1]:.1e} from one device, {beyond} the tolerance of {tolerance:.0e}"
+    )
+    return held
 
 
 def _say_nothing(line: str) -> None:
@@ -187,7 +204,7 @@ def _sizes(config: PreTrainedConfig) -> dict[str, int]:
     return sizes
 
 
-def _worst(model: PreTrainedModel, device: torch.device, say: Say) -> tuple[float, float]:
+def _worst(model: PreTrainedModel, device: torch.device, say: Tell) -> tuple[float, float]:
     """The worst relative differences of losses and of gradients; the same on all ranks."""
     groups, config = GroupPool(), model.config
     world_size, vocabulary = dist.get_world_size(), config.get_text_config().vocab_size
