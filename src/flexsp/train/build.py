@@ -20,7 +20,7 @@ from flexsp.data.rows import NOT_BROKEN, Reason
 from flexsp.parallel import GroupPool, check_degrees, default_layouts, powers_of_two, prepare_model
 from flexsp.parallel.model import make_mesh
 from flexsp.parallel.policies import policies_of
-from flexsp.planner.degrees import usable_degrees
+from flexsp.planner.policies import policy_for
 from flexsp.planner.static import static_degree
 from flexsp.profile import Profile
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
@@ -237,13 +237,6 @@ def check_profile(profile: Profile, config: Config, learned: Path | None = None)
         f"{profile.capacity_tokens(1, policy):,}", f" under policy {policy}" if policy else "", artificial,
         f"{config.data.max_length:,}", forced,
     )  # fmt: skip
-
-
-def policy_for(profile: Profile, max_length: int) -> str | None:
-    """The policy that the context limit needs, the one that holds least where none is enough; None: it needs none."""
-    widest = min(profile.memory.policies, key=profile.activation_bytes_per_token, default=None)
-    holds = any(profile.capacity_tokens(degree) >= max_length for degree in usable_degrees(profile))
-    return None if holds else widest
 
 
 def planner_options(config: Config) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from flexsp.data import PlannedBatch, PlannedLoader
 from flexsp.parallel import GroupPool, StepResult, forward_backward
 from flexsp.parallel.clock import clock_of
+from flexsp.planner.policies import policy_for
 from flexsp.profiler.measure import from_first_rank
-from flexsp.train import build
 from flexsp.train.checkpoint import Checkpoints, Schedule, load_checkpoint
 from flexsp.train.config import Config
 from flexsp.train.display import step_text
@@ -144,7 +144,7 @@ class Loop:
             if not is_out_of_memory(error):
                 raise
             profile = self.learner.profile
-            policy = build.policy_for(profile, self.config.data.max_length)
+            policy = policy_for(profile, self.config.data.max_length)
             raised = math.ceil(profile.activation_bytes_per_token(policy) / HEADROOM)
             said = f"step {step}: out of memory on rank {dist.get_rank()} in the evaluation after it"
             raise self._out_of_memory(said, raised, policy) from None

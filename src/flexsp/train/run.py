@@ -14,6 +14,7 @@ from flexsp import jsonfields
 from flexsp.data import PlannedLoader, Sequences
 from flexsp.parallel import GroupPool
 from flexsp.planner import find_planner
+from flexsp.planner.policies import policy_for
 from flexsp.planner.replay import read_plan_log
 from flexsp.plans import Plan
 from flexsp.profile import Profile
@@ -129,7 +130,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
             save_pretrained(model, folder / "model")
         guard.place.at("comparing planners")
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
-    if compared and build.policy_for(learner.profile, config.data.max_length):
+    if compared and policy_for(learner.profile, config.data.max_length):
         log.info("comparison: left out: one degree for all holds the context limit under no policy, and chooses none")
         compared = []
     if compared:
