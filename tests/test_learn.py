@@ -211,20 +211,20 @@ def test_memory_that_runs_out_under_a_policy_raises_the_estimate_of_that_policy(
 class Peaks:
     """A PeakMeter of a rank that held so many bytes."""
 
-    resets = True
-
-    def __init__(self, peak: int) -> None:
-        self.peak = peak
+    def __init__(self, peak: int, exact: bool = True) -> None:
+        self.peak, self.exact = peak, exact
 
     def peak_bytes(self) -> int:
         return self.peak
 
 
-def learned_on_ranks(folder: str, peaks: list[int]) -> tuple[Profile | None, dict]:
+def learned_on_ranks(
+    folder: str, peaks: list[int], exact: bool = True, correct: bool = True
+) -> tuple[Profile | None, dict]:
     world_size = dist.get_world_size()
     base = profile(world_size, capacity=100)
-    learner = Learner(base, base, pool(), torch.device("cpu"), Path(folder), correct=True)
-    learner._meter = Peaks(peaks[dist.get_rank()])
+    learner = Learner(base, base, pool(), torch.device("cpu"), Path(folder), correct=correct)
+    learner._meter = Peaks(peaks[dist.get_rank()], exact)
     learner.computed()
     batch = two_groups()
     # the first rank works alone in the first micro-batch; both share the second
@@ -256,9 +256,18 @@ def test_a_peak_above_the_predicted_one_raises_the_estimate(ranks, tmp_path):
     assert new.memory.activation_bytes_per_token == 900 / 45
 
 
+@pytest.mark.parametrize(("exact", "correct"), [(True, False), (False, True), (False, False)])
+def test_a_peak_raises_nothing_where_it_is_not_exact_or_corrections_are_off(ranks, tmp_path, exact, correct):
+    """Plans are then what they were: a function of profile and lengths, the same in each run."""
+    found = ranks(2).run(learned_on_ranks, str(tmp_path), [1000, 1900], exact, correct)
+    for new, _ in found:
+        assert (new is not None) is correct  # times were learned of, if anything
+        assert new is None or new.memory.activation_bytes_per_token == 10
+
+
 def learned_when_hardly_filled(folder: str) -> Profile | None:
     base = profile(dist.get_world_size(), capacity=10_000)  # of which 45 tokens are hardly any
-    learner = Learner(base, base, pool(), torch.device("cpu"), Path(folder), correct=False)
+    learner = Learner(base, base, pool(), torch.device("cpu"), Path(folder), correct=True)
     learner._meter = Peaks(50_000)
     learner.computed()
     times = (MicroBatchTime(elapsed_s=1.0, busy_s=0.5),) * 2

@@ -9,6 +9,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,8 @@ class PeakMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.resets = True
-        """Whether `reset` works here; else the peak is that of the whole run."""
+        self.exact = device.type == "cuda"
+        """Whether it is what tensors held. A resident set has what the C library keeps of freed memory too."""
 
     def reset(self, trim: bool = False) -> None:
         """From now on. `trim`: on a CPU, first hand back what the C library keeps of freed memory; that takes time."""
@@ -43,10 +44,8 @@ class PeakMeter:
             return
         if trim:
             hand_back_freed()
-        try:
+        with suppress(OSError):  # where it does not work the peak is that of the whole run
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew (Linux)
-        except OSError:
-            self.resets = False
 
     def peak_bytes(self) -> int:
         if self._device.type == "cuda":

@@ -107,7 +107,7 @@ class Learner:
             groups: the pool.
             device: of this rank.
             folder: of the run.
-            correct: whether times are corrected.
+            correct: whether times, and memory that was underrated, are corrected.
             first_step: of this process, which warms up anew.
         """
         self._first_step = first_step
@@ -117,6 +117,7 @@ class Learner:
         self._meter = PeakMeter(device)
         self._peak = 0
         self._said: dict[str, float] = {}
+        self._said_underrated = False
         self.most_bytes = 0
         """On rank 0: the largest peak of any rank in any step."""
         learned = profile.provenance.get(STARTED_FROM) == self._started_from
@@ -183,10 +184,12 @@ class Learner:
             new = replace(new, memory=self.profile.memory)
             self._say(batch.step, metrics["ratios"])
         if raised := self._underrated(batch, predicted_peaks, peaks):
-            new = self.with_activation_bytes(new or self.profile, raised)
-            log.info(
-                "profile: step %d held more than predicted: %s bytes a token from now on", batch.step, f"{raised:,}"
-            )
+            if self._correction is not None and self._meter.exact:
+                new = self.with_activation_bytes(new or self.profile, raised)
+                then = f"{raised:,} bytes a token from now on"
+                log.info("profile: step %d held more than predicted: %s", batch.step, then)
+            else:
+                self._say_underrated(batch.step, raised)
         if new is not None:
             new = self._named(new)
             new.save(self._folder / FILE)
@@ -199,6 +202,17 @@ class Learner:
         self._said = dict(ratios)
         text = ", ".join(f"{name} x{ratio:.2f}" for name, ratio in ratios.items())
         log.info("profile: corrected after step %d: %s", step, text)
+
+    def _say_underrated(self, step: int, needed: int) -> None:
+        """Once: with corrections off plans follow from profile and lengths alone, and a resident set proves little."""
+        if self._said_underrated:
+            return
+        self._said_underrated = True
+        why = "planner.correct=false" if self._meter.exact else "resident memory has what is freed in it too"
+        log.warning(
+            "profile: step %d held more than predicted, as if %s bytes a token; the estimate stays %s (%s)",
+            step, f"{needed:,}", f"{self.profile.memory.activation_bytes_per_token:,.0f}", why,
+        )  # fmt: skip
 
     def _predicted_peaks(self, plan: Plan, batch: PlannedBatch) -> list[float]:
         """By rank, the bytes that the profile says of its fullest micro-batch."""
@@ -215,12 +229,11 @@ class Learner:
         """Activation bytes per token that explain peaks above what was predicted; None where none was by much.
 
         Ranks less than a `FULL` part filled say little of a token's bytes: what a process holds beside them drifts.
-        Only where all micro-batches run under no policy and peaks are those of a step; with an artificial limit there
-        is nothing to run out of.
+        Only where all micro-batches run under no policy; with an artificial limit there is nothing to run out of.
         """
         memory, provenance = self.profile.memory, self.profile.provenance
         artificial = "max_tokens_per_rank" in provenance
-        if artificial or not self._meter.resets or any(m.policy for m in batch.plan.micro_batches):
+        if artificial or any(m.policy for m in batch.plan.micro_batches):
             return None
         margin = float(provenance.get("margin_bytes", 0))
         room = memory.memory_bytes - memory.model_state_bytes
