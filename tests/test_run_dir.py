@@ -6,24 +6,17 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from fault_runs import Launcher
 from flexsp.train.run_dir import LOCK
 from flexsp.watch.rows import METRICS, last_rows
-from test_no_hang import Launcher, folder  # noqa: F401  a fixture
 
 ROWS = ("--checkpoint.every", "2")
-
-
-@pytest.fixture(scope="module")
-def launcher(folder: Path) -> Iterator[Launcher]:  # noqa: F811
-    made = Launcher(folder)
-    yield made
-    made.close()
 
 
 def wait_until(there: Callable[[], bool], seconds: float = 100) -> None:
@@ -37,7 +30,7 @@ def steps_of(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_second_start_waits_then_ends_in_one_line_and_one_after_a_kill_goes_on(folder, launcher):  # noqa: F811
+def test_a_second_start_waits_then_ends_in_one_line_and_one_after_a_kill_goes_on(folder, launcher):
     other, flags = Launcher(folder), ("--run.dir", "held", *ROWS, "--train.steps", "40")
     rows, lock = folder / "held" / METRICS, folder / "held" / LOCK
     try:
@@ -66,7 +59,7 @@ def test_without_locks_a_run_goes_on_with_a_warning(launcher):
     assert "run.dir: out-no_locks cannot be locked (No locks available): start no other run in it" in ended.out
 
 
-def test_another_learning_rate_for_another_run_s_checkpoint_then_sigterm_and_the_same_command(folder, launcher):  # noqa: F811
+def test_another_learning_rate_for_another_run_s_checkpoint_then_sigterm_and_the_same_command(folder, launcher):
     launcher.run("none", "--run.dir", "first", *ROWS, "--train.steps", "4", "--train.lr", "0.001")
     flags = (
         "--run.dir", "second", "--checkpoint.resume", "first/checkpoints/step-00000002", "--checkpoint.every", "50",
@@ -92,7 +85,7 @@ def test_the_line_after_sigterm_does_not_promise_that_never_goes_on(launcher):
     assert launcher.run("none", *flags, "--checkpoint.resume", "auto").statuses == [0, 0]
 
 
-def test_another_configuration_where_no_checkpoint_was_saved_leaves_the_logs_alone(folder, launcher):  # noqa: F811
+def test_another_configuration_where_no_checkpoint_was_saved_leaves_the_logs_alone(folder, launcher):
     flags = ("--run.dir", "logs", "--train.steps", "3")
     assert launcher.run("none", *flags).statuses == [0, 0]
     before = (folder / "logs" / METRICS).read_text()
@@ -104,7 +97,7 @@ def test_another_configuration_where_no_checkpoint_was_saved_leaves_the_logs_alo
     ]
 
 
-def test_half_a_model_has_no_name_and_all_ranks_hear_of_it(folder, launcher):  # noqa: F811
+def test_half_a_model_has_no_name_and_all_ranks_hear_of_it(folder, launcher):
     flags = ("--run.dir", "model", *ROWS, "--run.save_model", "true")
     ended = launcher.run("killed_saving_model", *flags)
     assert ended.statuses == [-signal.SIGKILL, 1]
@@ -116,7 +109,7 @@ def test_half_a_model_has_no_name_and_all_ranks_hear_of_it(folder, launcher):  #
     assert (folder / "model/model/config.json").exists()
 
 
-def test_an_error_in_the_comparison_does_not_cost_the_model(folder, launcher):  # noqa: F811
+def test_an_error_in_the_comparison_does_not_cost_the_model(folder, launcher):
     ended = launcher.run("raises_in_comparison", "--run.save_model", "true", "--run.compare_batches", "1")
     assert ended.statuses == [1, 1] and len(ended.said) == 1 and "comparing planners" in ended.said[0]
     assert (folder / "out-raises_in_comparison/model/config.json").exists()
