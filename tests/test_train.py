@@ -27,7 +27,7 @@ overlong = "drop"
 profile_dir = "profiles"
 max_tokens_per_rank = 800
 [train]
-steps = 8
+steps = 12
 batch_size = 16
 lr = 1e-2
 [checkpoint]
@@ -72,7 +72,7 @@ def launcher(run: tuple[Path, str]) -> Iterator[Launcher]:
 
 def test_metrics_have_a_line_a_step_and_the_loss_falls(run):
     rows = rows_of(run[0] / "out")
-    assert [row["step"] for row in rows] == list(range(8))
+    assert [row["step"] for row in rows] == list(range(12))
     assert set(rows[0]) == {
         "step", "loss", "grad_norm", "num_sequences", "tokens", "micro_batches", "predicted_s", "step_s", "plan_s",
         "plan_wait_s", "tokens_per_s", "micro_batch_s", "predicted_micro_batch_s", "group_s", "predicted_group_s",
@@ -136,7 +136,7 @@ def test_the_page_on_watching_has_the_keys_that_are_written_and_no_others(run):
 
 def test_the_run_ends_with_a_summary_of_its_rows(run):
     rows, found = rows_of(run[0] / "out"), json.loads((run[0] / "out/summary.json").read_text())
-    assert found["steps_done"] == 8 and found["steps_before"] == 0
+    assert found["steps_done"] == 12 and found["steps_before"] == 0
     assert found["tokens"] == sum(row["tokens"] for row in rows)
     assert found["step_s_total"] == pytest.approx(sum(row["step_s"] for row in rows)) and found["wall_s"] > 0
     assert sum(each["count"] for each in found["mixes"]) == sum(len(row["micro_batches"]) for row in rows)
@@ -150,7 +150,7 @@ def test_each_rank_has_a_log_of_its_own(run):
     for rank in range(4):
         text = (run[0] / f"out/logs/rank-{rank:04d}.log").read_text()
         assert f"INFO rank {rank} step -: model: LlamaForCausalLM" in text
-        assert f"INFO rank {rank} step 7: training 8/8: loss " in text
+        assert f"INFO rank {rank} step 11: training 12/12: loss " in text
         assert ("summary: " in text) == (rank == 0)
 
 

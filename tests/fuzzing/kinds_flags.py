@@ -168,10 +168,10 @@ def _checked_profile(request: Any) -> int:
         return _status(profile_model, request)
 
 
-def _checked_verify(request: Any, say: Any) -> int:
+def _checked_verify(request: Any, say: Any, say_end: Any) -> int:
     """`verify_model` up to where it joins the ranks."""
     with patch("flexsp.train.verify.joined_ranks", _reached):
-        return _status(lambda asked: verify_model(asked, say), request)
+        return _status(lambda asked: verify_model(asked, say, say_end), request)
 
 
 class _Reached(Exception):

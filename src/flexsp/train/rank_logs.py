@@ -40,8 +40,9 @@ class GivesUp(logging.Handler):
             super().handleError(record)
             return
         self._gave_up = True
-        with suppress(OSError):
-            print(f"{self.where}: cannot be written ({error.strerror}) and gets no more", file=sys.stderr, flush=True)
+        with suppress(OSError):  # in one write: other ranks share the stream, which torchrun leaves unbuffered
+            sys.stderr.write(f"{self.where}: cannot be written ({error.strerror}) and gets no more\n")
+            sys.stderr.flush()
 
     def close(self) -> None:
         with suppress(OSError):  # of what could not be written
