@@ -336,7 +336,8 @@ def test_a_rank_that_needs_the_store_of_a_torchrun_that_has_ended_blames_no_rank
     where = f"step 7, rank {rank}, forward and backward: {type(error).__name__}: {error}"
     with guard:
         assert guard._explain(error) == 1 and said.pop()[0].startswith(where)  # torchrun lives
-        monkeypatch.setattr(os, "getppid", lambda ended=os.getppid(): ended + 1)  # another parent
+        parent = os.getppid()
+        monkeypatch.setattr(os, "getppid", lambda: parent + 1)
         assert guard._explain(error) == 1
     words = "stopped by the end of torchrun in step 7, forward and backward; the same command goes on"
     assert said == ([(words, 1)] if rank == 0 else [])
