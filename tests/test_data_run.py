@@ -105,7 +105,7 @@ def test_chats_train_on_the_assistants_turns(folder):
         rows.append({"messages": [{"role": "user", "content": noise}, {"role": "assistant", "content": "the cat"}]})
     (folder / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     done = train(
-        folder, "--data.source", "chats.jsonl", "--run.dir", "chats", "--train.steps", "8", "--checkpoint.every", "0",
+        folder, "--data.source", "chats.jsonl", "--run.dir", "chats", "--train.steps", "16", "--checkpoint.every", "0",
         world_size=2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -123,6 +123,17 @@ def test_memory_raised_meanwhile_and_times_corrected_are_both_kept(tmp_path):
     assert uncorrected == replace(base, memory=first.memory)
 
 
+def test_a_rank_that_was_told_what_rank_0_learned_keeps_it_where_it_runs_out_of_memory(tmp_path):
+    base = profile(1, capacity=100)
+    _, learned = started(base, tmp_path / "first", slower=4.0)
+    with joined_ranks(10):
+        learner = Learner(base, base, GroupPool(), torch.device("cpu"), tmp_path, correct=True)
+        learner.profile = learned  # as `learn` does on all ranks; the correction is rank 0's
+        learner.save_raised(20)
+    found = go_on(base, tmp_path, correct=True)
+    assert found.compute == learned.compute and found.memory.activation_bytes_per_token == 20
+
+
 def test_what_another_run_learned_is_a_base_like_any_other(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "run").mkdir()

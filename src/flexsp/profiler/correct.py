@@ -15,8 +15,8 @@ its degree, from the same groups:
 
     group        what its slowest rank was busy = ratio * seconds by its degree's table + own * fixed_s
 
-The ratios are what the last `WINDOW` steps agree upon (`flexsp.profiler.window`): a recursive fit in which each step's
-equations join and the oldest leave, so that no stalled step counts for longer. Pure: no clock, no ranks.
+The ratios are what the last `WINDOW` steps agree upon (`flexsp.profiler.window`): a fit made anew at each step, whose
+equations join it while the oldest leave, so that no stalled step counts for longer. Pure: no clock, no ranks.
 """
 
 from __future__ import annotations

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 
-import flexsp
 from flexsp import jsonfields as jf
+from flexsp.train.checkpoint import versions
 from flexsp.train.config import Config
 from flexsp.train.roll_call import ranks_text
 
@@ -49,13 +48,7 @@ def check_alike(config: Config) -> None:
     """
     # its own group: what the run's groups are made with is among what is compared
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=config.run.timeout_s))
-    versions = {
-        "flexsp": flexsp.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
-    versioned = {f"version of {package}": str(version) for package, version in versions.items()}
+    versioned = {f"version of {package}": str(version) for package, version in versions().items()}
     _same({**versioned, **_compared(config)}, control, "start all nodes with one configuration and the same packages")
     dist.destroy_process_group(control)
 

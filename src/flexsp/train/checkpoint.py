@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -83,8 +83,7 @@ class Checkpoints:
         self._writers: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
         # one thread for all checkpoints: a new one each time, as torch's async_save has it, may get another heap of the
         # C library each time, and what a checkpoint needs is then kept by one heap after the other
-        self._writer = ThreadPoolExecutor(1, "flexsp-checkpoint")
-        self._stager = BlockingAsyncStager()
+        self._writer = ThreadPoolExecutor(1, "flexsp-checkpoint", _use_device, (_own_device(),))
         self._writing: tuple[int, Future[Any]] | None = None
         self._handed_back = True
         self._saved = self._kept = -1
@@ -136,7 +135,7 @@ class Checkpoints:
         future: Future[Any] = Future()
         try:
             if self._config.checkpoint.asynchronous:
-                copied = self._stager.stage(tensors)
+                copied = DefaultStager(StagingOptions(*[False] * 4)).stage(tensors)  # complete once it returns
                 future = self._writer.submit(save, copied, storage_writer=writer, process_group=self._writers)
             else:
                 future.set_result(save(tensors, storage_writer=writer, process_group=self._writers))
@@ -144,6 +143,8 @@ class Checkpoints:
             future.set_exception(caught)
         self._writing = steps, future
         self._handed_back = False
+        if not self._config.checkpoint.asynchronous:
+            self.finish()
 
     def finish(self) -> None:
         """Waits until what is being written is whole and has its name, and removes old ones.
@@ -218,6 +219,16 @@ class Checkpoints:
             "data": self._data,
             "next_ids_sha256": ids_sha256(self._order(steps)) if self._order else "",
         }
+
+
+def _own_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def _use_device(device: int | None) -> None:
+    """In the writer's thread, which would begin on GPU 0, where every rank would then make a context."""
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
 def versions() -> dict[str, str]:

@@ -107,7 +107,7 @@ class Learner:
             groups: the pool.
             device: of this rank.
             folder: of the run.
-            correct: whether times, and memory that was underrated, are corrected.
+            correct: whether times are corrected, and on CUDA memory that was underrated.
             first_step: of this process, which warms up anew.
         """
         self._first_step = first_step
@@ -191,7 +191,7 @@ class Learner:
             else:
                 self._say_underrated(batch.step, raised)
         if new is not None:
-            new = self._named(new)
+            new = self._named(new, self._correction.applied if self._correction is not None else {})
             new.save(self._folder / FILE)
         return new, metrics
 
@@ -258,12 +258,14 @@ class Learner:
 
     def save_raised(self, activation_bytes_per_token: int, policy: str | None = None) -> Path:
         """Saves a raised estimate for the next run, on whichever rank ran out of memory; returns where."""
-        path = self._folder / FILE
-        self._named(self.with_activation_bytes(self.profile, activation_bytes_per_token, policy)).save(path)
+        path, provenance = self._folder / FILE, self.profile.provenance
+        own = provenance.get(STARTED_FROM) == self._started_from  # else its ratios, if any, are another run's
+        ratios = provenance.get(RATIOS, {}) if own else {}  # rank 0 alone has them from the correction
+        raised = self.with_activation_bytes(self.profile, activation_bytes_per_token, policy)
+        self._named(raised, ratios).save(path)
         return path
 
-    def _named(self, profile: Profile) -> Profile:
-        ratios = self._correction.applied if self._correction is not None else {}
+    def _named(self, profile: Profile, ratios: Mapping[str, float]) -> Profile:
         return replace(
             profile, provenance={**profile.provenance, STARTED_FROM: self._started_from, RATIOS: dict(ratios)}
         )

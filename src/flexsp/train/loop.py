@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from flexsp.data import PlannedBatch, PlannedLoader
 from flexsp.parallel import GroupPool, StepResult, forward_backward
 from flexsp.parallel.clock import clock_of
 from flexsp.planner.policies import policy_for
+from flexsp.profile import Profile
 from flexsp.profiler.measure import from_first_rank
 from flexsp.train.checkpoint import Checkpoints, Schedule, load_checkpoint
 from flexsp.train.config import Config
@@ -34,6 +35,7 @@ from flexsp.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
+Evaluating = Callable[[int, Profile, Callable[[], bool]], dict[str, float]]
 NOT_SAVED = "checkpoint.every=0: not saved"
 SAVED = "saved; the same command goes on"
 SAVED_FOR_ANOTHER = "saved; with checkpoint.resume='auto' it goes on"
@@ -75,8 +77,11 @@ class Loop:
         place.progress = clock_of(self.model).progress
         from_first_rank(lambda: write_began(config, origin), self.groups)
         with self.watch.records() as records:
-            if caught_up := self.evaluation.catch_up(first_step, learner.profile, self._asked_to_stop):
-                records.amend(first_step - 1, caught_up)
+            if first_step:
+                place.at("evaluating", first_step - 1)
+                if caught_up := self._evaluate(first_step - 1, self.evaluation.catch_up):
+                    records.amend(first_step - 1, caught_up)
+                place.at("preparing the first step")
             for batch, line in self.watch.display.track(self.loader, steps, "training", first_step):
                 self.watch.begin(batch.step)
                 metrics, result = self._guarded_step(batch, optimizer)
@@ -88,7 +93,7 @@ class Loop:
                 metrics |= {**throughput.of(batch.lengths, metrics["step_s"]), **self._learned(batch, result)}
                 mixed += any(len(set(degrees)) > 1 for degrees in metrics["micro_batches"])
                 place.at("evaluating", batch.step)
-                metrics |= self._evaluate(batch.step)
+                metrics |= self._evaluate(batch.step, self.evaluation.after_step)
                 line.say(step_text(metrics, str(batch.plan)))
                 place.at("writing the records in run.dir", batch.step)
                 records.write(metrics, batch)
@@ -132,14 +137,19 @@ class Loop:
             say_versions(start)
         return start.steps
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """After a step; what it adds to the step's metrics.
+    def _evaluate(self, step: int, how: Evaluating) -> dict[str, float]:
+        """After a step; what it adds to the step's metrics. `how`: a method of the evaluation.
 
         Raises:
             OutOfMemoryError: memory ran out, on the first rank of which it did.
+            ValueError: what all ranks find wrong, of the step.
         """
         try:
-            return self.evaluation.after_step(step + 1, self.learner.profile, self._asked_to_stop)
+            return how(step + 1, self.learner.profile, self._asked_to_stop)
+        except ValueError as error:
+            if not str(error).startswith("evaluation"):  # a rank's own
+                raise
+            raise ValueError(f"step {step}: {error}") from None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

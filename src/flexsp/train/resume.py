@@ -279,7 +279,7 @@ def _read(path: Path, config: Config) -> Start:
         raise ValueError(f"{key}={is_now!r} is not {was!r}, with which {path} was made; restore it, or give {remedy}")
     if steps > config.train.steps:
         raise ValueError(f"train.steps={config.train.steps} is below the {steps} steps of {path}; raise it")
-    if config.checkpoint.resume not in ("never", "auto") and _same(path, Path(config.checkpoint.resume)):
+    if not own and config.checkpoint.resume not in ("never", "auto") and _same(path, Path(config.checkpoint.resume)):
         origin = os.path.realpath(path)
     return Start(path=path, steps=steps, state=state, own=own, origin=origin)
 

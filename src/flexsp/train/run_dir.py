@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -75,9 +75,10 @@ def _lock(file: IO[str], folder: Path) -> None:
         except OSError as error:  # not every file system of several machines has locks
             log.warning("run.dir: %s cannot be locked (%s): start no other run in it", folder, error.strerror)
             return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with suppress(OSError):  # a full disk: who holds it is a courtesy
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
 
 
 def _holder(said: str) -> str:
@@ -89,7 +90,8 @@ def write_began(config: Config, origin: str) -> None:
     """Writes run.json. On one rank, just before the first row is written."""
     path = Path(config.run.dir) / BEGAN
     jf.write_object(path, {"config": asdict(config), "origin": origin})
-    sync(path)
+    with suppress(OSError):  # a file system that cannot has written it all the same
+        sync(path)
 
 
 def read_began(folder: Path) -> tuple[dict[str, Any], str] | None:
