@@ -23,6 +23,7 @@ from typing import Any
 
 from flexsp.lengths import LengthArray
 from flexsp.planner import find_planner, plan
+from flexsp.planner.kernels import load_kernels
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 
@@ -256,6 +257,8 @@ def serve() -> None:
     setup = json.loads(lines.get())
     sys.path[:] = setup["path"]
     profile = Profile.from_json(setup["profile"])
+    if setup["planner"] == "flex":
+        load_kernels()  # here, where nobody waits yet, and not in the midst of a run
     while True:
         message = json.loads(lines.get())
         if "profile" in message:
