@@ -97,6 +97,7 @@ def measured_with_the_memory_of_the_process() -> tuple[float, float]:
     return found.memory.memory_bytes + found.provenance["margin_bytes"], memory_limit(torch.device("cpu"), 0.5, 2)[0]
 
 
+@pytest.mark.slow
 def test_without_an_artificial_limit_the_memory_is_that_of_the_process(ranks):
     for taken, limit in ranks(2).run(measured_with_the_memory_of_the_process, timeout_s=120.0):
         assert taken == pytest.approx(limit, rel=1e-6)

@@ -97,6 +97,7 @@ def test_another_configuration_where_no_checkpoint_was_saved_leaves_the_logs_alo
     ]
 
 
+@pytest.mark.slow
 def test_half_a_model_has_no_name_and_all_ranks_hear_of_it(folder, launcher):
     flags = ("--run.dir", "model", *ROWS, "--run.save_model", "true")
     ended = launcher.run("killed_saving_model", *flags)

@@ -181,6 +181,7 @@ def test_the_model_loads_and_has_learned(run):
     assert loss < 4.5  # ln 256 = 5.5 is knowing nothing
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_saved_model_on_another_number_of_ranks(run):
     folder, _ = run
     done = train(
@@ -194,6 +195,7 @@ def test_a_run_starts_from_a_saved_model_on_another_number_of_ranks(run):
     assert again["loss"] < first["loss"] - 0.3
 
 
+@pytest.mark.slow
 def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is_said(run):
     folder, _ = run
     document = json.loads((folder / "four.json").read_text())
@@ -234,6 +236,7 @@ def test_what_a_run_learned_is_saved_and_the_next_one_in_its_folder_goes_on_from
     assert "going on from what the last run in this folder learned, next/profile.json" in done.stdout
 
 
+@pytest.mark.slow
 def test_rows_with_masked_labels_train(run):
     """Prompts do not count: theirs is noise, which nobody learns; the ten sevens after it are learnt at once."""
     folder, _ = run
