@@ -57,7 +57,8 @@ def test_bad_input_that_all_ranks_find_is_said_without_a_rank_and_with_status_2(
 
 def test_a_configuration_that_one_rank_cannot_read_ends_the_others_without_another_line(launcher):
     ended = launcher.run("has_no_config")
-    assert ended.statuses == [2, 2]
+    other, own = ended.statuses
+    assert own == 2 and other in (2, -signal.SIGTERM)  # the launcher's signal may come before the other stands guard
     one_line(ended, r"none\.toml: cannot be read \(No such file or directory\); give a TOML file")
 
 
