@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -97,6 +98,7 @@ class TokenStore:
         self.num_empty = self.left_out.get(Reason.EMPTY, (0, ""))[0]
         self.num_broken = sum(count for reason, (count, _) in self.left_out.items() if reason not in NOT_BROKEN)
         self._maps: OrderedDict[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = OrderedDict()
+        self._mapping = threading.Lock()
 
     def read(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
         """Tokens [start, stop) of a document and the label of each token itself (not shifted)."""
@@ -132,12 +134,14 @@ class TokenStore:
         return index, document - int(self._firsts[index])
 
     def _map(self, index: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        # the reader's thread reads while an evaluation does: what one has in hand the other may drop from here
-        found = self._maps.pop(index, None) or self._shards[index].map()
-        self._maps[index] = found
-        while len(self._maps) > MOST_MAPPED:
-            self._maps.popitem(last=False)
-        return found
+        # the reader's thread reads while an evaluation does, and an OrderedDict is not whole between two steps of one
+        # call: each waits. What one has in hand the other may drop from here
+        with self._mapping:
+            found = self._maps.pop(index, None) or self._shards[index].map()
+            self._maps[index] = found
+            while len(self._maps) > MOST_MAPPED:
+                self._maps.popitem(last=False)
+            return found
 
 
 def _left_out(recipe: Recipe, made: Built) -> Mapping[str, tuple[int, str]]:
