@@ -74,7 +74,11 @@ def row_tokens(tokens: int, degree: int) -> int:
 
 
 def fit_points(tokens: int, degrees: Sequence[int]) -> list[Point]:
-    """Mixes that tell the terms of the cost model apart; none above `tokens` a rank, none above `row_tokens`."""
+    """Mixes that tell the terms of the cost model apart; none above `tokens` a rank, none above `row_tokens`.
+
+    Where memory is short, micro-batches are far from as full as the largest row, and a device that has little to do is
+    slower a token than the cost model can say. So rows of an eighth and of a 32nd are among them.
+    """
     points = [Point(1, (1,), count=4)]
     for degree in degrees:
         row = row_tokens(tokens, degree)
@@ -82,8 +86,11 @@ def fit_points(tokens: int, degrees: Sequence[int]) -> list[Point]:
             length = max(1, row // share)
             if length >= SHORTEST or share == 1:
                 points.append(Point(degree, (length,) * share))
-        if row >= SHARES[-1]:  # half as many, twice: what is paid a row
-            points.append(Point(degree, (row // SHARES[-1],) * (SHARES[-1] // 2), count=2))
+        if row >= SHARES[-1]:  # so many tokens less, so much more often: what is paid a row
+            short = row // SHARES[-1]
+            points += [Point(degree, (short,) * 8, count=2), Point(degree, (short,) * 2, count=4)]
+        if row >= 2 * SHARES[-1]:
+            points.append(Point(degree, (row // (2 * SHARES[-1]),), count=4))
     return points
 
 

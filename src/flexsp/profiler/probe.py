@@ -73,9 +73,8 @@ class Probe:
 
     def run(self, tokens: int, degree: int = 1) -> None:
         """Forward and backward of rows of so many tokens a rank, in sequences of `ROW_LENGTH`, at a degree."""
-        whole, rest = divmod(tokens * degree, ROW_LENGTH)
-        row = (ROW_LENGTH,) * whole + ((rest,) if rest else ())
-        timed_step(self.model, self.batch(Point(degree, row).mixes(self.world_size)), self.groups)
+        row = Point(degree, short_sequences(tokens * degree))
+        timed_step(self.model, self.batch(row.mixes(self.world_size)), self.groups)
 
     def largest(self, own: float) -> float:
         """The largest of what the ranks say."""
@@ -136,6 +135,12 @@ class Probe:
             f"{first}-{first + degree - 1}": max(everyone[first : first + degree])
             for first in range(0, self.world_size - degree + 1, degree)
         }
+
+
+def short_sequences(tokens: int) -> tuple[int, ...]:
+    """The sequences of a row whose memory is measured."""
+    whole, rest = divmod(tokens, ROW_LENGTH)
+    return (ROW_LENGTH,) * whole + ((rest,) if rest else ())
 
 
 def more_repeats(taken: Sequence[float]) -> bool:

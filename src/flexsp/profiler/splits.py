@@ -1,4 +1,6 @@
-"""How each degree splits into heads x context: every split that serves it is timed, and the fastest is kept."""
+"""How each degree splits into heads x context: every split that serves it is timed, and the fastest is kept.
+
+Splits far behind after their first time are not timed again: of high degrees there are many."""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from flexsp.track import Track
 ROWS = (1, 4)
 """A full row in so many sequences: high degrees are for long ones."""
 ROUNDS = 3
-"""Of all splits in turn, so that what else the machine does falls on all of them alike."""
+"""Of the splits in turn, so that what else the machine does falls on all of them alike."""
+HOPELESS = 1.5
+"""So many times the fastest in the first round: not timed again. What else the machine does seldom takes as much.
+The one with the most Ulysses is timed on all the same: it is what runs unless another is faster."""
 WORTH = 0.03
 """Of its seconds that a split with less Ulysses must save: below that it is noise."""
 
@@ -72,9 +77,15 @@ def name_of(layout: Layout) -> str:
 def _timed(probe: Probe, tokens: int, degree: int, candidates: Sequence[Layout]) -> list[tuple[Layout, float]]:
     row = row_tokens(tokens, degree)
     points = [Point(degree, (max(1, row // count),) * count) for count in ROWS]
+    warm_up = Point(degree, (max(1, row // 16),))  # makes communicators, which may take seconds
     rounds: list[list[float]] = [[] for _ in candidates]
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        least_s = min((taken[0] for taken in rounds if taken), default=0.0)
         for layout, taken in zip(candidates, rounds, strict=True):
+            if number and layout != candidates[0] and taken[0] > HOPELESS * least_s:
+                continue
             probe.layouts = {**probe.layouts, degree: layout}
+            if not number:
+                probe.once(warm_up.mixes(probe.world_size))
             taken.append(sum(probe.once(point.mixes(probe.world_size)) for point in points))
     return [(layout, statistics.median(taken)) for layout, taken in zip(candidates, rounds, strict=True)]

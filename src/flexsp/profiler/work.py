@@ -14,7 +14,7 @@ from flexsp.estimate import ModelShape
 from flexsp.profiler.parts import HEAD_TOKENS, parts_of
 from flexsp.profiler.points import SHARES, Mix, Part, fit_points, held_out_mixes, row_tokens
 from flexsp.profiler.policies import LEAST_PAIRS
-from flexsp.profiler.probe import LEAST_REPEATS, ROW_LENGTH
+from flexsp.profiler.probe import LEAST_REPEATS, short_sequences
 from flexsp.profiler.splits import ROUNDS, ROWS
 
 PEAK_ROWS = (0.25, 0.25, 1.0, 2.0, 4.0)
@@ -55,13 +55,13 @@ def planned_flops(
         if first:
             plan += [(LEAST_REPEATS + 1, mix) for mix in held_out_mixes(most, degrees, world_size, 6)]
             for degree in degrees:
-                plan.append((2, [(degree, (ROW_LENGTH,) * (most * degree // ROW_LENGTH))]))  # what a degree holds
+                plan.append((2, [(degree, short_sequences(most * degree))]))  # what a degree holds
                 if num_splits(degree) > 1:
                     row = row_tokens(most, degree)
                     rounds = ROUNDS * num_splits(degree)
                     plan += [(rounds, [(degree, (row // count,) * count)]) for count in ROWS]
         peaks = sum(PEAK_ROWS[:3] if head else PEAK_ROWS)
-        peak = cost([(1, (ROW_LENGTH,) * max(1, round(peaks * most) // ROW_LENGTH))])
+        peak = cost([(1, short_sequences(round(peaks * most)))])
         total += peak + sum(times * cost(mix) for times, mix in plan)
         for _ in policies:  # recomputing is counted as a third more; offload computes nothing again
             total += 4 / 3 * peak

@@ -11,13 +11,15 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from flexsp.estimate import estimate_profile, load_cluster, model_shape
-from flexsp.parallel import GroupPool, powers_of_two
+from flexsp.estimate.cluster import known_peak
+from flexsp.parallel import GroupPool, layouts_of, powers_of_two
 from flexsp.profile import Profile
 from flexsp.profiler.alike import check_alike
 from flexsp.profiler.layers import measure_layers
 from flexsp.profiler.make import device_name
 from flexsp.profiler.mixed import fill_from_estimate, other_device
 from flexsp.profiler.parts import parts_of, read_model_config
+from flexsp.profiler.work import planned_flops
 from flexsp.train.build import DTYPES
 from flexsp.train.display import Display
 from flexsp.train.profile_room import Room, saying_where_memory_ran_out
@@ -26,6 +28,8 @@ from flexsp.train.ranks import joined_ranks
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 600.0
+USUAL_SHARE = 0.4
+"""Of a device's peak, which training a dense model in long rows reaches about: for saying how long measuring takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,10 @@ def profile_model(request: ProfileRequest) -> int:
             if doubt := other_device(device_name(device), cluster):
                 log.warning("profile: %s", doubt)
             degrees = sorted({1, *(d for d in degrees if d <= world_size)})
+        flops = planned_flops(
+            shape, tokens, degrees, world_size, lambda degree: len(layouts_of(config, degree)), request.policies
+        )
+        log.info("profile: measuring computes %s", _work(flops, known_peak(device_name(device), dtype)))
         with saying_where_memory_ran_out(tokens):
             profile = measure_layers(
                 config,
@@ -120,6 +128,15 @@ def profile_model(request: ProfileRequest) -> int:
             profile.save(request.output)
         _say(profile, request.output)
     return 0
+
+
+def _work(flops: float, peak_flops_per_s: float | None) -> str:
+    """How much a rank computes while it measures and, where a data sheet knows the device, how long that takes."""
+    said = f"about {float(f'{flops / 1e12:.3g}'):,.10g} TFLOP a rank"
+    if peak_flops_per_s is None:
+        return said
+    seconds = flops / (USUAL_SHARE * peak_flops_per_s)
+    return f"{said}, some {seconds:.0f} s at {USUAL_SHARE:.0%} of {peak_flops_per_s / 1e12:,.0f} TFLOP/s"
 
 
 def _check_writable(output: Path) -> None:
