@@ -31,10 +31,10 @@ import flexsp
 from flexsp import jsonfields
 from flexsp.parallel import GroupPool
 from flexsp.parallel.channels import Channel
+from flexsp.parallel.control import largest_of_all
 from flexsp.parallel.groups import DEFAULT_TRANSPORT, TRANSPORTS
 from flexsp.plans import Group, MicroBatch, Plan
 from flexsp.profile import Layout
-from flexsp.profiler.probe import largest_of_all
 from flexsp.train.ranks import joined_ranks
 
 ROUNDS = 31

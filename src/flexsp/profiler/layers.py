@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 
 from flexsp.estimate import ModelShape, model_shape
 from flexsp.parallel import GroupPool, check_degrees, default_layouts, prepare_model
+from flexsp.parallel.control import from_first_rank
 from flexsp.profile import Profile
 from flexsp.profiler.fit import Fit
 from flexsp.profiler.make import Limit, Measured, make_profile
@@ -32,7 +33,6 @@ from flexsp.profiler.measure import (
     alone_bytes_per_s,
     degree_factor,
     exchange_alone,
-    from_first_rank,
     measured_peaks,
     read_points,
 )

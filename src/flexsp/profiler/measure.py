@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexsp.parallel import GroupPool, check_degrees, default_layouts
+from flexsp.parallel.control import from_first_rank
 from flexsp.profile import Profile
 from flexsp.profiler.fit import Fit
 from flexsp.profiler.make import Limit, Measured, exchange_bytes_per_token, exchange_columns, make_profile
@@ -31,7 +31,6 @@ from flexsp.profiler.probe import Probe, Reading
 from flexsp.profiler.splits import measured_splits
 from flexsp.track import Track, silent
 
-Made = TypeVar("Made")
 PROBE_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of a rank in the largest timed micro-batch, where its memory holds as many."""
 FIRST_TOKENS = 2048
@@ -174,17 +173,3 @@ def degree_factor(probe: Probe, tokens: int, degrees: Sequence[int]) -> float:
         probe.run(tokens, degree)  # makes what is made once
         held[degree] = probe.largest(held_bytes(partial(probe.run, tokens, degree), probe.device))
     return max(each / held[1] for each in held.values())
-
-
-def from_first_rank(make: Callable[[], Made], groups: GroupPool) -> Made:
-    """What rank 0 makes, or its ValueError, on all ranks."""
-    held: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            held[0] = make()
-        except ValueError as error:
-            held[0] = error
-    dist.broadcast_object_list(held, src=0, group=groups.control)
-    if isinstance(held[0], ValueError):
-        raise held[0]
-    return cast(Made, held[0])

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from flexsp.data.batch import PlannedBatch
 from flexsp.data.packing import share_sizes
 from flexsp.parallel import GroupPool, forward_backward
+from flexsp.parallel.control import largest_of_all
 from flexsp.profile import Layout
 from flexsp.profiler.points import Mix, Part, Point, batch_of
 
@@ -162,13 +163,6 @@ def timed_step(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -
     seconds = largest_of_all(time.perf_counter() - began, groups)
     model.zero_grad()
     return seconds
-
-
-def largest_of_all(own: float, groups: GroupPool) -> float:
-    """The largest of what the ranks say."""
-    held = torch.tensor(own, dtype=torch.float64)
-    dist.all_reduce(held, op=dist.ReduceOp.MAX, group=groups.control)
-    return held.item()
 
 
 def _synchronize(device: torch.device) -> None:

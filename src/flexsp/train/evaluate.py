@@ -26,10 +26,10 @@ from flexsp.data.packing import IntArray
 from flexsp.data.plans_ahead import Made, PlansAhead
 from flexsp.legality import violations
 from flexsp.parallel import GroupPool, RankError, forward_only
+from flexsp.parallel.control import from_first_rank
 from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
 from flexsp.profile import Profile
-from flexsp.profiler.measure import from_first_rank
 from flexsp.track import Track, silent
 from flexsp.train import build
 from flexsp.train.config import Config

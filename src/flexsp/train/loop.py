@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from flexsp.data import PlannedBatch, PlannedLoader
 from flexsp.parallel import GroupPool, StepResult, forward_backward
 from flexsp.parallel.clock import clock_of
+from flexsp.parallel.control import from_first_rank
 from flexsp.planner.policies import policy_for
 from flexsp.profile import Profile
-from flexsp.profiler.measure import from_first_rank
 from flexsp.train.checkpoint import Checkpoints, Schedule, load_checkpoint
 from flexsp.train.config import Config
 from flexsp.train.display import step_text

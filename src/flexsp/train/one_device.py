@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from flexsp.data import PlannedBatch
 from flexsp.data.packing import IGNORE_INDEX
 from flexsp.parallel import GroupPool, forward_backward
-from flexsp.profiler.measure import from_first_rank
+from flexsp.parallel.control import from_first_rank
 
 NIL = 1e-3
 """A gradient whose norm is below so much of the largest parameter's is compared with that: it may be nil but for

@@ -15,12 +15,12 @@ from flexsp.estimate import ModelShape
 from flexsp.estimate.memory import STATE_BYTES
 from flexsp.estimate.shape import FP32_BYTES
 from flexsp.parallel import GroupPool
+from flexsp.parallel.control import largest_of_all
 from flexsp.parallel.policies import OFFLOAD
 from flexsp.profiler.make import ranks_per_node
 from flexsp.profiler.measure import PROBE_TOKENS
 from flexsp.profiler.memory import LEAST_MARGIN, held_now_bytes, memory_limit
 from flexsp.profiler.parts import needed_bytes, pinned_bytes, states_and_gathered
-from flexsp.profiler.probe import largest_of_all
 from flexsp.train.failures import PATIENCE_S
 from flexsp.train.out_of_memory import OutOfMemoryError, is_out_of_memory
 from flexsp.train.ranks import Board

@@ -16,8 +16,8 @@ from flexsp import jsonfields as jf
 from flexsp.data import TokenStore
 from flexsp.data.packing import IntArray
 from flexsp.parallel import GroupPool
+from flexsp.parallel.control import from_first_rank
 from flexsp.profile import Profile
-from flexsp.profiler.measure import from_first_rank
 from flexsp.train.checkpoint import FORMAT, CheckpointError, ids_sha256, saved_checkpoints, steps_of, versions
 from flexsp.train.config import Config
 from flexsp.train.digests import STATE, Damaged

@@ -13,12 +13,12 @@ from transformers.utils import logging as transformers_logging
 from flexsp import jsonfields
 from flexsp.data import PlannedLoader, Sequences
 from flexsp.parallel import GroupPool
+from flexsp.parallel.control import from_first_rank
 from flexsp.planner import find_planner
 from flexsp.planner.policies import policy_for
 from flexsp.planner.replay import read_plan_log
 from flexsp.plans import Plan
 from flexsp.profile import Profile
-from flexsp.profiler.measure import from_first_rank
 from flexsp.train import alike, build
 from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from flexsp import jsonfields as jf
 from flexsp.parallel import GroupPool
-from flexsp.profiler.measure import from_first_rank
+from flexsp.parallel.control import from_first_rank
 from flexsp.train.config import Config
 from flexsp.train.digests import sync
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from flexsp import jsonfields
 from flexsp.parallel import GroupPool
-from flexsp.profiler.measure import from_first_rank
+from flexsp.parallel.control import from_first_rank
 from flexsp.train.checkpoint import saved_checkpoints
 from flexsp.train.config import Config
 from flexsp.train.display import Display
