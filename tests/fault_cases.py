@@ -362,7 +362,7 @@ def raises_value_error_early() -> None:
 
 
 def finds_bad_input_late() -> None:
-    build_of(lambda: time.sleep(3))
+    build_of(lambda: time.sleep(2))
 
 
 def has_no_config() -> None:

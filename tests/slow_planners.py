@@ -20,6 +20,12 @@ def stalls(lengths, profile):
     time.sleep(10_000)
 
 
+def tells_in_a_folder_and_stalls(lengths, profile, path):
+    """Makes a file first whose name is its process id."""
+    open(os.path.join(path, str(os.getpid())), "w").close()
+    time.sleep(10_000)
+
+
 def tells_and_stalls(lengths, profile, path):
     """Writes its process id first."""
     with open(path, "w") as file:

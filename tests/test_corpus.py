@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import random
 import sys
 import sysconfig
@@ -16,6 +18,7 @@ import pytest
 
 import flexsp.data.corpus
 from flexsp.data import DataOptions, Overlong, TokenStore, apply_context_limit, open_corpus
+from flexsp.data.held_out import hold_out
 
 
 @pytest.fixture
@@ -231,6 +234,14 @@ def test_sources_that_cannot_be_read(tmp_path, opened):
         opened("wiki")
     with pytest.raises(ValueError, match=r"there is no column 'input_ids', 'text' or 'messages'; it has \['x'\]"):
         opened(write(tmp_path / "other.jsonl", [{"x": 1}]))
+
+
+def test_a_store_and_parts_of_it_can_be_copied_and_sent_to_workers(tmp_path, opened):
+    corpus = opened(write(tmp_path / "rows.jsonl", [{"input_ids": [index, 1]} for index in range(4)]))
+    assert corpus.read(2, 0, 2)[0].tolist() == [2, 1]  # so that something is mapped
+    part, _ = hold_out(corpus, 1, seed=0)
+    for each, again in ((corpus, pickle.loads(pickle.dumps(corpus))), (part, copy.deepcopy(part))):
+        assert again.read(1, 0, 2)[0].tolist() == each.read(1, 0, 2)[0].tolist()
 
 
 def test_two_threads_read_more_shards_than_are_mapped_at_once(tmp_path, opened, monkeypatch):

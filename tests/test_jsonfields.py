@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 
 import pytest
 
@@ -75,6 +76,28 @@ def test_a_device_stays_a_device(tmp_path):
     jf.write_object(path, {"a": 1})
     assert stat.S_ISFIFO(os.stat(path).st_mode) and json.loads(os.read(reader, 100)) == {"a": 1}
     os.close(reader)
+
+
+def test_two_who_write_one_file_do_not_meet(tmp_path):
+    """Runs that are started together may save one profile."""
+    path, documents = tmp_path / "one.json", [{"who": index, "rest": [index] * 50 * (index + 1)} for index in range(3)]
+    wrong: list[Exception] = []
+
+    def write(document: dict) -> None:
+        try:
+            for _ in range(100):
+                jf.write_object(path, document)
+                assert jf.read_object(path) in documents
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=write, args=(document,)) for document in documents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert [each.name for each in tmp_path.iterdir()] == ["one.json"]
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
+import subprocess
+import sys
+import time
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +148,32 @@ def test_closing_early_ends_the_workers():
     with closing(simulate([case()], ["slow_planners:slow"], 50, workers=2)) as running:
         next(running)
     assert set(multiprocessing.active_children()) <= before
+
+
+STALLS = "slow_planners:tells_in_a_folder_and_stalls"
+PARENT = """
+import sys
+from flexsp.simulate.runs import simulate
+from test_simulate import STALLS, case
+if __name__ == "__main__":
+    list(simulate([case()], [STALLS], 8, options={STALLS: {"path": sys.argv[1]}}, workers=1))
+"""
+
+
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
+    here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env={**os.environ, "PYTHONPATH": here})
+    until = time.monotonic() + 100.0
+    try:
+        while not list(tmp_path.iterdir()) and parent.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
+    (worker,) = [Path("/proc", each.name, "cmdline") for each in tmp_path.iterdir()]
+    while worker.exists() and worker.read_text():  # a zombie's is empty
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 # ---- figures

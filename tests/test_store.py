@@ -381,7 +381,7 @@ with build_lock(Path(sys.argv[1]), "key"):
 
 
 def test_a_builder_that_is_stopped_is_named_and_not_waited_for(tmp_path, opened, monkeypatch, caplog):
-    monkeypatch.setattr(build_lock, "STOPPED_S", 1.0)
+    monkeypatch.setattr(build_lock, "STOPPED_S", 4.0)
     monkeypatch.setattr(build_lock, "SAY_S", 0.5)
     path = write_rows(tmp_path / "rows.jsonl")
     lock = lock_of(path, tmp_path / "cache")
@@ -392,7 +392,7 @@ def test_a_builder_that_is_stopped_is_named_and_not_waited_for(tmp_path, opened,
         holder.send_signal(signal.SIGSTOP)
         with pytest.raises(
             build_lock.BuilderStoppedError,
-            match=rf"^data: process {holder.pid} on .*, which tokenizes the same source, has been stopped for 1 s",
+            match=rf"^data: process {holder.pid} on .*, which tokenizes the same source, has been stopped for 4 s",
         ):
             opened(path)
         assert f"waiting for process {holder.pid} on " in caplog.text
@@ -440,7 +440,7 @@ def test_one_rank_builds_and_all_see_the_same(ranks, tmp_path):
     found = ranks(2).run(data_ranks.opened_by_rank, str(path), str(tmp_path / "cache"))
     fingerprints, made, errors = zip(*found, strict=True)
     assert len(set(fingerprints)) == 1 and errors == ("", "")
-    assert made[0] > 10 and made[1] == 0
+    assert min(made) == 0 and max(made) > 10  # rank 0 has a head start of a second, which a busy machine may take
 
 
 def test_ranks_that_see_other_data_say_so_all_alike(ranks, tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import json
 import logging
 import sys
+import threading
 import time
 import types
 import warnings
@@ -201,6 +203,26 @@ def test_a_sink_that_fails_is_left_out_with_one_warning(tmp_path, monkeypatch, c
     assert [logged["step"] for logged in wandb.now] == [12]
     (record,) = caplog.records
     assert record.getMessage() == "watch: wandb failed (OSError: no space) and gets no more; metrics.jsonl goes on"
+
+
+def test_a_full_disk_under_tensorboard_is_one_warning_and_no_traceback(tmp_path, monkeypatch, caplog, capfd):
+    """Its own thread raises what it has told `write` already."""
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest's own would keep it from being said
+    sinks = open_sinks(watching(tensorboard=True), tmp_path, 0, append=False)
+    monkeypatch.setattr(LocalFileSystem, "append", full)
+    for step in range(3):
+        sinks.write(row(step))
+    sinks.close(failed=False)
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("tensorboard."):
+            thread.join(10.0)
+    assert [r.message for r in caplog.records if "No space left" in r.message] and len(caplog.records) == 1
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_sink_that_cannot_begin_is_one_line(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tomllib
 from collections.abc import Mapping
 from math import isnan
@@ -122,7 +123,7 @@ def write_object(path: str | Path, document: Mapping[str, Any]) -> None:
             path.write_text(text, encoding="utf-8")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
+        aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # others may write it too
         try:
             aside.write_text(text, encoding="utf-8")
             aside.replace(path)

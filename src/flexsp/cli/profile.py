@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}: measuring needs torch and transformers; pip install 'flexsp[train]'") from None
-    from flexsp.train.failures import leave
+    from flexsp.train.leaving import leave
     from flexsp.train.out_of_memory import OutOfMemoryError
     from flexsp.train.profiling import ProfileRequest, profile_model
     from flexsp.train.ranks import first_to_say

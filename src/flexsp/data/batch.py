@@ -26,7 +26,7 @@ ALONE = Layout(ulysses=1, ring=1)
 
 
 class SequenceSource(Protocol):
-    """Where tokens come from: any part of any sequence."""
+    """Where tokens come from: any part of any sequence. Two threads may ask at once: one reads ahead."""
 
     def read(self, sequence: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
         """Tokens [start, stop) of a sequence and, as long, the label of each: the next token, or IGNORE_INDEX."""

@@ -27,7 +27,10 @@ MOST_NAMED = 1000
 
 
 class Corpus(Protocol):
-    """Documents by index. Two ranks that open one source see the same documents in the same order."""
+    """Documents by index. Two ranks that open one source see the same documents in the same order.
+
+    Two threads may read at once: one reads ahead while an evaluation reads too.
+    """
 
     name: str
     lengths: LengthArray
@@ -97,8 +100,19 @@ class TokenStore:
         """Rows that are no documents, by reason: how many, and the first as an error would name it."""
         self.num_empty = self.left_out.get(Reason.EMPTY, (0, ""))[0]
         self.num_broken = sum(count for reason, (count, _) in self.left_out.items() if reason not in NOT_BROKEN)
+        self._begin_maps()
+
+    def _begin_maps(self) -> None:
         self._maps: OrderedDict[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = OrderedDict()
         self._mapping = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and workers, each of which maps for itself."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_maps", "_mapping")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_maps()
 
     def read(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
         """Tokens [start, stop) of a document and the label of each token itself (not shifted)."""

@@ -15,7 +15,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -34,6 +33,7 @@ from flexsp.data.rows import NOT_BROKEN, Reason
 from flexsp.data.shards import Shard, ShardWriter, open_shard
 from flexsp.data.sources import Piece, Source, find_source
 from flexsp.track import Track, silent
+from flexsp.workers import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -279,16 +279,8 @@ _recipe: Recipe
 def _begin_worker(source_name: str, options: DataOptions, model_path: str) -> None:
     global _recipe
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many workers as there shall be threads
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _recipe = Recipe(source_name, options, model_path)
-
-
-def _end_with_parent() -> None:
-    """A killed rank leaves no workers behind."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _make(piece: Piece, part: Path) -> None:

@@ -1,6 +1,6 @@
 """Planning in a process of its own, so that a step never waits for a planner.
 
-The parent holds a `PlanService`; the child is `python -m flexsp.planner.service`, which needs no torch. They talk in
+The parent holds a `PlanService`; the child runs `serve`, which needs no torch. They talk in
 JSON lines over the child's standard input and output: first the profile, planner and options, then one batch of
 lengths per line down, one plan per line up, in order. A line down may also be another profile, for what follows it.
 The child ends when its input does, whatever it is doing: nobody would read its answer.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -29,7 +28,15 @@ from flexsp.profile import Profile
 
 JOIN_S = 5.0
 """How long the end of a thread is waited for that reads from a dead child, whose own children may hold its pipes."""
-
+CLOSE_S = 0.2
+"""The same, where nobody wants to know what the child said."""
+BEGIN = """import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from flexsp.planner.service import serve
+serve()
+"""
+"""The child: it outlives the signals of its parent's group from its first moment, before what takes long to import."""
 
 KEPT_BYTES = 4096
 """Of what the planner printed, for the error if it ends."""
@@ -152,7 +159,7 @@ class _Process:
 
     def __init__(self) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "flexsp.planner.service"],
+            [sys.executable, "-c", BEGIN],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -207,7 +214,7 @@ class _Process:
         self._child.wait()
         self._outbox.put(None)
         for thread in self._threads:
-            thread.join(timeout=JOIN_S)
+            thread.join(timeout=CLOSE_S)
         for thread, pipe in zip(self._threads[1:], (self._child.stdout, self._child.stderr), strict=True):
             assert pipe is not None
             if not thread.is_alive():
@@ -246,9 +253,7 @@ class _Process:
 
 
 def serve() -> None:
-    """The child: answers batches until its input ends, whatever signals its parent's group is sent."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """The child: answers batches until its input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # a planner that prints, in whatever language, must not break the protocol
     sys.stdout = sys.stderr
@@ -282,7 +287,3 @@ def _listen(lines: queue.SimpleQueue[bytes]) -> None:
         for line in whole:
             lines.put(line)
     os._exit(0)
-
-
-if __name__ == "__main__":
-    serve()

@@ -23,6 +23,7 @@ from flexsp.profile import Profile
 from flexsp.simulate.cases import Case
 from flexsp.simulate.figures import BASELINE, CaseFigures, StepFigures, planner_figures, step_figures
 from flexsp.simulate.verdict import verdict
+from flexsp.workers import end_with_parent
 
 AHEAD = 4
 """Tasks handed over for each worker: enough to keep it busy, few enough that whole steps are done early."""
@@ -130,6 +131,7 @@ def _as_they_come(pool: ProcessPoolExecutor, tasks: Iterator[tuple[Any, ...]], a
 
 
 def _begin_worker(path: list[str], profile: Profile) -> None:
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     sys.path[:] = path  # for planners of the user's own
     try:

@@ -35,8 +35,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,7 @@ import torch.distributed as dist
 from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
 from flexsp.train.checkpoint import CheckpointError
+from flexsp.train.leaving import leave, within
 from flexsp.train.out_of_memory import OutOfMemoryError
 from flexsp.train.ranks import LAUNCHER_ENDED, SIGTERM, Board, StopSignal
 from flexsp.train.roll_call import Kind, Place, Report, as_json, failed_collective, from_json, report, verdict
@@ -164,8 +165,7 @@ class Guard:
         if self._rank == 0:
             step = "" if self.place.step is None else f"step {self.place.step}, "
             text = f"stopped by {LAUNCHER_ENDED} in {step}{self.place.phase}; the same command goes on"
-            with suppress(OSError):
-                self._tell(text, 1)
+            within(PATIENCE_S, partial(self._tell, text, 1))
         return 1
 
     def _is_bad_input(self, error: BaseException, text: str) -> bool:
@@ -194,10 +194,9 @@ class Guard:
     def _say(self, text: str, status: int) -> int:
         """One line, unless another rank has the word: its line is waited for then. Returns the status to end with."""
         if self.has_word():
-            with suppress(OSError):  # standard error on a full disk: the others are to end all the same
-                self._tell(text, status)
-            self._board.post("said", status)
+            self._board.post("said", status)  # first: the others are to end though nobody take the line
             self._board.post("alarm", True)
+            within(PATIENCE_S, partial(self._tell, text, status))
             return status
         said = self._hear(PATIENCE_S)
         return status if said is None else said
@@ -355,23 +354,3 @@ class Guard:
         except OSError as failed:
             return f"no traceback: {self._file()} cannot be written, {failed.strerror}"
         return f"traceback in {self._file()}"
-
-
-def leave(status: int, at_once: bool = False) -> NoReturn:
-    """Ends this process. Of several ranks without the interpreter's own end, which waits for threads and collectives.
-
-    Args:
-        status: to end with.
-        at_once: in any case; for threads, whose exceptions end nothing.
-
-    Raises:
-        SystemExit: for a rank alone.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            if stream.isatty():
-                stream.write("\x1b[?25h")  # the cursor, which a progress bar hides
-            stream.flush()
-    if at_once or "RANK" in os.environ:
-        os._exit(status)
-    raise SystemExit(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
@@ -51,15 +52,18 @@ def run_from_config(path: str, overrides: Sequence[str], say: Say) -> int:
         SystemExit: with the status, where something did.
     """
     config = load_config(path, overrides)
-    with Guard(Path(config.run.dir), config.run.timeout_s, say) as guard, guard.explaining():
+    with Guard(Path(config.run.dir), config.run.timeout_s, say) as guard, ExitStack() as held, guard.explaining():
         guard.place.at("joining the other ranks")
         with joined_ranks(config.run.timeout_s), guard.explaining(), Display() as display:
-            train(config, display, guard)
+            train(config, display, guard, held)
     return 0
 
 
-def train(config: Config, display: Display, guard: Guard) -> None:
+def train(config: Config, display: Display, guard: Guard, held: ExitStack) -> None:
     """One run.
+
+    The run's folder goes to `held`, which is closed once all is over: a rank that fails holds it until it has ended,
+    for meanwhile a checkpoint may still be written.
 
     1. Compare what the ranks were started with. Hold the run's folder; find the checkpoint to go on from, if any.
     2. Open the corpus, and what it is evaluated on; build the model, join it to the ranks.
@@ -79,13 +83,13 @@ def train(config: Config, display: Display, guard: Guard) -> None:
     check_optimizer(config, groups.device)
     from_first_rank(lambda: check_sinks(config), groups)
     guard.place.at("waiting for run.dir")
-    with held_folder(Path(config.run.dir), groups):
-        guard.place.at("looking for a checkpoint")
-        start = resume_point(config, groups)
-        first_step = 0 if start is None else start.steps
-        with Watch(config, display, groups, first_step, append=start is not None) as watch:
-            _train(config, groups, start, guard, watch)
-            watch.summarize()
+    held.enter_context(held_folder(Path(config.run.dir), groups))
+    guard.place.at("looking for a checkpoint")
+    start = resume_point(config, groups)
+    first_step = 0 if start is None else start.steps
+    with Watch(config, display, groups, first_step, append=start is not None) as watch:
+        _train(config, groups, start, guard, watch)
+        watch.summarize()
 
 
 def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard, watch: Watch) -> None:

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +30,9 @@ STEP = "step"
 """What Weights & Biases draws over."""
 FINISH_S = 3.0
 """How long the word on an error may wait for Weights & Biases to end its run."""
+
+
+ThreadHook = Callable[[threading.ExceptHookArgs], object]
 
 
 class Sink(Protocol):
@@ -56,6 +59,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        threading.excepthook = _without_tensorboard(threading.excepthook)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
@@ -64,6 +68,17 @@ class TensorBoard:
 
     def close(self, failed: bool) -> None:
         self._writer.close()
+
+
+def _without_tensorboard(hook: ThreadHook) -> ThreadHook:
+    """A hook that leaves out what ends TensorBoard's own thread: `write` raises it too, and a warning says it once."""
+
+    def said(arguments: threading.ExceptHookArgs) -> None:
+        its_own = type(arguments.thread).__module__.startswith("tensorboard.")
+        if not (its_own and issubclass(arguments.exc_type, OSError)):
+            hook(arguments)
+
+    return said
 
 
 class WeightsAndBiases:

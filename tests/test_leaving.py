@@ -1,0 +1,77 @@
+"""The end of a process does not wait for who reads what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+NOBODY_READS = """
+import sys, threading, time
+from pathlib import Path
+from flexsp.train.failures import Guard
+
+def say(text, status):
+    print(text, flush=True)
+
+with Guard(Path(sys.argv[1]), 60.0, say) as guard, guard.explaining():
+    guard.place.at("measuring the profile")
+    print("in the run", file=sys.stderr, flush=True)
+    while True:
+        print("x" * 1023, flush=True)  # a pipe is full of them to the last byte
+"""
+
+
+def test_sigterm_ends_a_rank_whose_output_nobody_reads(tmp_path):
+    """Its main thread is in the midst of a write, and so holds the stream's lock."""
+    rank = subprocess.Popen(
+        [sys.executable, "-c", NOBODY_READS, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert rank.stderr is not None and rank.stderr.readline() == b"in the run\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(2.0)  # the pipe is full by then
+        rank.terminate()
+        assert rank.wait(30.0) == 0
+    finally:
+        rank.kill()
+        rank.communicate()
+
+
+HELD_UNTIL_THE_END = """
+import fcntl, sys
+from pathlib import Path
+from flexsp.train.run import run_from_config
+from flexsp.train.run_dir import LOCK
+
+def say(text, status):
+    with open(Path(sys.argv[1]).parent / "out" / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            print("free:", text)
+        except BlockingIOError:
+            print("held:", text)
+
+run_from_config(sys.argv[1], [], say)
+"""
+
+
+def test_a_run_that_fails_holds_its_folder_until_it_has_ended(tmp_path):
+    """What its checkpoint's thread writes meanwhile must not meet another start."""
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f"""
+[model.config]
+model_type = "llama"
+[data]
+source = "{tmp_path / "none.jsonl"}"
+max_length = 64
+[run]
+dir = "{tmp_path / "out"}"
+"""
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", HELD_UNTIL_THE_END, str(config)], capture_output=True, text=True, timeout=100
+    )
+    assert ended.stdout.startswith("held: ") and "none.jsonl" in ended.stdout, ended
