@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,8 @@ def unexpected(text: str, status: int) -> None:
 
 def run_training(folder: str, name: str, sections: dict[str, dict[str, Any]]) -> None:
     config = config_of(folder, name, **sections)
-    with Display() as display:
-        train(config, display, Guard(Path(config.run.dir), config.run.timeout_s, unexpected))
+    with ExitStack() as held, Display() as display:
+        train(config, display, Guard(Path(config.run.dir), config.run.timeout_s, unexpected), held)
 
 
 def evaluation_of(config: Config, append: bool = False, seed: int = 0) -> Evaluation:
