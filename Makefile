@@ -6,12 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RANKS ?= 4
+# GPUs of `make train`, as CUDA_VISIBLE_DEVICES has them: none, since its four ranks and its figures are of the CPU.
+DEVICES ?=
 ARGS ?=
 
 .PHONY: train test lint types clean paper api
 
 train: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m flexsp train configs/quickstart.toml $(ARGS)
+	CUDA_VISIBLE_DEVICES=$(DEVICES) OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(RANKS) -m flexsp train configs/quickstart.toml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

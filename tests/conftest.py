@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from fault_runs import folder, launcher  # noqa: F401  fixtures
 from rank_pool import RankPool
+
+
+def pytest_configure() -> None:
+    """Where there are GPUs, tests of kernels run there; processes that tests start are CPU ranks, four of them say."""
+    if torch.cuda.is_available():
+        torch.cuda.init()  # this process has seen them
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import sys
 import types
@@ -10,9 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from flexsp.parallel.kernels import KERNELS, Block, Need, Scores, choose, flash
+from flexsp.parallel.kernels import KERNELS, Block, Need, Scores, choose, flash, flex
 from flexsp.parallel.kernels.flex import block_mask
 from kernel_cases import CASES, Case, compare_attend, compare_blocks, textbook, textbook_gradients
+
+
+def test_flex_is_compiled_for_every_shape_that_degrees_ask_of_it(monkeypatch):
+    """torch compiles eight variants of a function and runs the others as they are, with all T x T scores."""
+    compiled = {}
+
+    def compile(function, **options):
+        compiled.update(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", functools.wraps(torch.compile)(compile))  # its signature is looked at
+    flex._function.cache_clear()
+    flex._function("cuda")
+    flex._function.cache_clear()
+    assert compiled == {"dynamic": True, "fullgraph": True, "recompile_limit": flex.COMPILATIONS}
 
 
 def need(**changes: object) -> Need:

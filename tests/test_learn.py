@@ -148,6 +148,15 @@ def test_what_another_run_learned_is_a_base_like_any_other(tmp_path):
     assert alike_s(last) == pytest.approx(alike_s(base), rel=0.03)
 
 
+def test_more_ranks_than_gpus_are_bad_input(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"nproc-per-node=4 is more than the 2 GPUs of this node; start one rank"):
+        with joined_ranks(10):
+            pass
+
+
 def test_failed_allocations_are_told_from_other_errors():
     with pytest.raises(RuntimeError) as too_large:
         torch.empty(1 << 60)
@@ -157,6 +166,8 @@ def test_failed_allocations_are_told_from_other_errors():
     assert is_out_of_memory(too_large.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    nccl = "NCCL error: unhandled cuda error. Last error: Failed to CUDA calloc 8388608 bytes"
+    assert is_out_of_memory(RuntimeError(nccl))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     # another rank's, of which all ranks are told: only that one ran out
     assert not is_out_of_memory(RankError("step 3, rank 1: RuntimeError: can't allocate memory"))

@@ -260,7 +260,8 @@ def trained_types(weights: torch.dtype, param: torch.dtype | None, reduce: torch
     model = prepare_model(build(small_config(), weights), param_dtype=param, reduce_dtype=reduce)
     seen = []
     model.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    forward_backward(model, make_batch(LENGTHS, mixed(None), seed=0, masked=0.0), pool())
+    result = forward_backward(model, make_batch(LENGTHS, mixed(None), seed=0, masked=0.0), pool())
+    assert result.kernels == {"sdpa"}  # FSDP2 copies what it casts, and a kernel's name must not be lost in a copy
     parameter = model.model.layers[0].mlp.up_proj.weight
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.step()

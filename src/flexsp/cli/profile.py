@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from flexsp.cli.allocator import grow_segments
 from flexsp.lengths import parse_tokens
 
 
@@ -38,6 +39,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    grow_segments()
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401

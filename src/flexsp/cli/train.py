@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from flexsp.cli.allocator import grow_segments
+
 
 def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -16,6 +18,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    grow_segments()
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401

@@ -7,6 +7,8 @@ import sys
 from functools import partial
 from typing import Any
 
+from flexsp.cli.allocator import grow_segments
+
 
 def add_to(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -24,6 +26,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    grow_segments()
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401

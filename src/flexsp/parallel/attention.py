@@ -28,6 +28,13 @@ REFUSED_ARGUMENTS = ("position_bias", "indices", "block_indices")
 """Arguments of a model's attention that change its result and that we do not compute."""
 
 
+class KernelNames:
+    """Names of kernels. No set and no dataclass: FSDP2, where it casts a module's inputs, hands copies of those on."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SPContext:
     """How the row of one micro-batch lies on a group; handed through the model's forward as `sp_context`."""
@@ -42,8 +49,8 @@ class SPContext:
     """Tokens of each rank of `heads`, in order. A rank whose share is 0 carries one filler token."""
     kernel: str | None = None
     """The name of the attention kernel; None: the first that serves."""
-    used: set[str] = field(default_factory=set)
-    """The names of the kernels that computed attention here."""
+    used: KernelNames = field(default_factory=KernelNames)
+    """The kernels that computed attention here."""
 
     @property
     def head_rank(self) -> int:
@@ -151,7 +158,7 @@ def _attend(
     def kernel_for(block: Block) -> Kernel:
         need = Need.of(q_tNH, v_tKV, scores, by_positions=block.by_positions, blocks=blocks, dropout=dropout)
         kernel = choose(need, context.kernel)
-        context.used.add(kernel.name)
+        context.used.names.add(kernel.name)
         return kernel
 
     if blocks:

@@ -103,6 +103,8 @@ class GroupPool:
         )
         if not needed:
             return 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # NCCL allocates by itself, and torch would not give it what it merely reserves
         before, before_bytes = self.num_groups, occupied_bytes(self.device)
         for ranks in needed:
             self._channels[ranks] = self._opener.open(ranks)

@@ -118,7 +118,7 @@ def _run(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool, train: 
             # FSDP2 averages gradients over the ranks; we want their sum over the labels of the global batch
             (loss_sum * (dist.get_world_size() / num_labels)).backward()
         total += loss_sum.detach()
-        kernels |= context.used
+        kernels |= context.used.names
     clock.end()
     dist.all_reduce(total)
     loss = total.item() / max(1, num_labels)  # waits for the device, so that reading the clock does not

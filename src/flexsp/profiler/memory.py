@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flexsp.parallel.groups import occupied_bytes
+
 OPTIMIZER_COPIES = 2
 """States per parameter of Adam and AdamW; plain SGD has none, and then this much room is left unused."""
 LEAST_MARGIN = {"cpu": 0.1, "cuda": 0.02}
@@ -125,13 +127,16 @@ def shard_bytes(model: torch.nn.Module) -> int:
 def memory_limit(device: torch.device, fraction: float, local_world_size: int) -> tuple[int, str]:
     """Bytes that a rank may hold as `PeakMeter` counts, and where the limit comes from.
 
-    On CUDA `fraction` of the device's memory. On a CPU `fraction` of the process's own limit (RLIMIT_DATA, as
+    On CUDA `fraction` of what CUDA's context, NCCL's communicators and other processes leave of the device's memory
+    now: of communicators, those that have been opened. On a CPU `fraction` of the process's own limit (RLIMIT_DATA, as
     `ulimit -d` sets it) or of its share of the machine's (of its control group's, where that is less), whichever is
     less.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        return int(total * fraction), f"{fraction} of the device's {total} bytes"
+        taken = occupied_bytes(device) or 0
+        said = f"{fraction} of the device's {total} bytes, less {taken} that are no tensors"
+        return int((total - taken) * fraction), said
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     group = Path("/sys/fs/cgroup/memory.max")
     if group.exists() and (text := group.read_text().strip()).isdigit():

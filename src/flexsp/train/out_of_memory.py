@@ -23,8 +23,8 @@ class OutOfMemoryError(RuntimeError):
     """A rank ran out of memory in a step; the message names it, its group and the lengths."""
 
 
-SAID = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-"""Of the CPU's allocator, of CUDA and NCCL outside of torch's allocator, of cuBLAS, of C++."""
+SAID = ("can't allocate memory", "out of memory", "Failed to CUDA calloc", "ALLOC_FAILED", "bad_alloc")
+"""Of the CPU's allocator, of CUDA outside of torch's allocator, of NCCL, of cuBLAS, of C++."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

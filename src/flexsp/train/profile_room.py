@@ -117,7 +117,7 @@ class Room:
         host = ""
         if OFFLOAD in policies and self.device.type == "cuda":
             host = f"; policy offload, about {_gib(pinned_bytes(self.shape, tokens, self.dtype))} GiB of pinned memory"
-            host += " of the host a rank, and four times that for larger rows"
+            host += " of the host a rank, four times that for larger rows, up to twice either as torch rounds up"
         log.info(
             "profile: rows of up to %s tokens a rank; measuring will hold about %s of %s GiB a rank, and at most %s "
             "where larger rows tell how memory grows%s",

@@ -21,11 +21,15 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
     """The process group of all ranks (NCCL where there is CUDA, else gloo) and this rank's device, while inside.
 
     Without torchrun's environment the run has one rank.
+
+    Raises:
+        ValueError: more ranks on this node than GPUs.
     """
     timeout = datetime.timedelta(seconds=timeout_s)
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
+        _check_devices(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count())
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "nccl"
@@ -42,6 +46,14 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
     # After another error nothing is torn down: other ranks may be in a collective, the word on the error would wait for
     # them, and the process ends anyway.
     dist.destroy_process_group()
+
+
+def _check_devices(local_ranks: int, num_devices: int) -> None:
+    if local_ranks > num_devices:
+        raise ValueError(
+            f"nproc-per-node={local_ranks} is more than the {num_devices} GPUs of this node; start one rank for each, "
+            f"or set CUDA_VISIBLE_DEVICES to nothing to run on the CPU"
+        )
 
 
 SIGTERM, LAUNCHER_ENDED = "SIGTERM", "the end of torchrun"

@@ -108,6 +108,11 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
         "model: %s, %s parameters, on %d ranks (%s)",
         type(model).__name__, f"{num_parameters:,}", dist.get_world_size(), dist.get_backend(),
     )  # fmt: skip
+    if groups.device.type == "cuda" and config.model.dtype == "float32":
+        log.warning(
+            "model.dtype='float32': on CUDA the fast attention kernels take bfloat16, and others are slower by far; "
+            "set model.dtype='bfloat16' unless float32 is meant"
+        )
     alike.check_weights(model, config, groups.control)
     model = build.prepare(model, config.model)
     guard.place.at("measuring the profile")

@@ -9,6 +9,7 @@ operator's output, on the CPU, where it has no backward: unproven on a GPU.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # imported where it is used: it takes seconds
 TILE = 128
 """Tokens of a tile, flex attention's own default."""
 LEAST_HEAD_DIM = 16
+COMPILATIONS = 256
+"""Of the operator, at most."""
 
 
 class Flex(Kernel):
@@ -72,10 +75,18 @@ FLEX = Flex()
 
 @cache
 def _function(device_type: str) -> Any:
-    """Compiled once; as it is on the CPU."""
+    """Compiled on CUDA, once for each number of heads, rows of one token, and with a backward or without.
+
+    Every Ulysses degree is another number of heads, so torch's usual limit of eight compilations is soon reached, and
+    beyond it the operator would run as it is, which holds all T x T scores. `fullgraph` makes an error of that.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    if device_type != "cuda":
+        return flex_attention
+    has_limit = "recompile_limit" in inspect.signature(torch.compile).parameters  # not in every torch that serves
+    limit: dict[str, Any] = {"recompile_limit": COMPILATIONS} if has_limit else {}
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, **limit)
 
 
 @cache
