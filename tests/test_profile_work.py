@@ -21,7 +21,7 @@ from flexsp.profiler.probe import LEAST_REPEATS, MOST_REPEATS, more_repeats
 from flexsp.profiler.work import planned_flops
 
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 4096,
 }  # fmt: skip
 EIGHT_B = Path(__file__).parent.parent / "examples/models/llama-3-8b.json"
@@ -42,19 +42,19 @@ def test_no_point_and_no_held_out_row_is_longer():
     assert all(sum(lengths) <= row_tokens(32768, degree) for mix in mixes for degree, lengths in mix)
 
 
-def test_long_steps_are_timed_twice_and_short_ones_often():
+def test_long_steps_are_timed_once_a_round_and_short_ones_often():
     def repeats(seconds: float) -> int:
         taken: list[float] = []
         while more_repeats(taken):
             taken.append(seconds)
         return len(taken)
 
-    assert [repeats(s) for s in (0.001, 0.5, 3.0, 60.0)] == [MOST_REPEATS, LEAST_REPEATS, 2, 2]
+    assert [repeats(s) for s in (0.001, 0.3, 1.5, 3.0, 60.0)] == [MOST_REPEATS, LEAST_REPEATS, LEAST_REPEATS, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("world_size", "policies", "most"),
-    [(1, (), 10.5e15), (1, ("selective", "full", "offload"), 36e15), (8, (), 27.5e15), (64, (), 42e15)],
+    [(1, (), 12.2e15), (1, ("selective", "full", "offload"), 38e15), (8, (), 31e15), (64, (), 46e15)],
 )
 def test_an_8b_model_is_measured_within_a_stated_number_of_flops_a_rank(world_size, policies, most):
     shape = model_shape(json.loads(EIGHT_B.read_text()))
@@ -72,7 +72,7 @@ def multiplied(degrees: list[int]) -> float:
     return float(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_counted_is_what_a_rank_computes(ranks, world_size, monkeypatch):
     """torch counts no attention in the kernels that rows use, so here flexsp does not either."""
     degrees = [1, 2][:world_size]

@@ -1,7 +1,8 @@
 """A profile of a prepared model on the ranks at hand, measured through the real executor with all ranks busy.
 
 0. Choose how every degree splits into heads x context: the fastest (`splits`).
-1. Time rows of like sequences at every degree (`points`), and every degree's exchange by itself, by placement.
+1. Time rows of like sequences at every degree (`points`), in rounds, and every degree's exchange by itself, by
+   placement.
 2. Fit the cost model to all of them at once (`fit`), and try it on mixed micro-batches that the fit has not seen.
 3. Time the optimizer's step; measure the peak bytes of rows of several sizes (`memory`).
 
@@ -27,7 +28,7 @@ from flexsp.profiler.make import Limit, Measured, exchange_bytes_per_token, exch
 from flexsp.profiler.memory import OPTIMIZER_COPIES, PeakFit, held_bytes, peak_fit, shard_bytes
 from flexsp.profiler.points import Mix, Part, Point, fit_points, held_out_mixes
 from flexsp.profiler.policies import at_rest_bytes, measurable, read_policies, residual_bytes, whole_policies
-from flexsp.profiler.probe import Probe, Reading
+from flexsp.profiler.probe import ROUNDS, Probe, Reading, but_the_slowest
 from flexsp.profiler.splits import measured_splits
 from flexsp.track import Track, silent
 
@@ -114,18 +115,17 @@ def measure_profile(
 def read_points(
     probe: Probe, points: Sequence[Point], mixes: Sequence[Mix], track: Track, what: str = "measuring"
 ) -> tuple[list[Reading], list[tuple[Mix, float]]]:
-    """Times points, and mixed micro-batches for trying the fit on: those with their seconds."""
-    readings: list[Reading] = []
-    tried: list[tuple[Mix, float]] = []
-    for item, say in track([*points, *mixes], what):
-        if isinstance(item, Point):
-            readings.append(probe.read(item))
-            row = f"sp_degree {item.degree}, {item.count} x {len(item.lengths)} of {item.lengths[0]:,} tokens"
-            say(f"{row}: {readings[-1].seconds:.4f} s")
-        else:
-            tried.append((item, statistics.fmean(probe.times([item]))))
-            say(f"mixed, held out: {tried[-1][1]:.4f} s")
-    return readings, tried
+    """Times points, and mixed micro-batches for trying the fit on: those with their seconds. All of them in rounds."""
+    items: list[Point | Mix] = [*points, *mixes]
+    taken: list[list[float]] = [[] for _ in items]
+    for (item, seconds), say in track([*zip(items, taken, strict=True)] * ROUNDS, what):
+        mixed = not isinstance(item, Point)
+        seconds += probe.times([item] if mixed else item.mixes(probe.world_size))
+        row = "mixed, held out" if mixed else str(item)
+        say(f"{row}: {statistics.fmean(but_the_slowest(seconds)):.4f} s")
+    readings = [Reading.of(point, probe.part, seconds) for point, seconds in zip(points, taken, strict=False)]
+    means = [statistics.fmean(but_the_slowest(seconds)) for seconds in taken[len(points) :]]
+    return readings, list(zip(mixes, means, strict=True))
 
 
 def exchange_alone(

@@ -34,6 +34,9 @@ class Point:
     lengths: tuple[int, ...]
     count: int = 1
 
+    def __str__(self) -> str:
+        return f"sp_degree {self.degree}, {self.count} x {len(self.lengths)} of {self.lengths[0]:,} tokens"
+
     @property
     def tokens(self) -> int:
         return sum(self.lengths)

@@ -16,13 +16,15 @@ from flexsp.parallel.policies import OFFLOAD, policies_of
 from flexsp.profile import Policy
 from flexsp.profiler.memory import PeakFit
 from flexsp.profiler.points import SHARES, Mix, Point
-from flexsp.profiler.probe import ENOUGH_S, Probe, timed_step
+from flexsp.profiler.probe import Probe, timed_step
 from flexsp.track import Track
 
 log = logging.getLogger(__name__)
 
 LEAST_PAIRS, MOST_PAIRS = 3, 5
-"""Timings of a row, with and without; after `ENOUGH_S` of them no more than the least."""
+"""Timings of a row, with and without."""
+ENOUGH_S = 1.0
+"""After so long no more than the least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

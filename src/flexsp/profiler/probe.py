@@ -22,13 +22,18 @@ from flexsp.profiler.points import Mix, Part, Point, batch_of
 
 ROW_LENGTH = 512
 """Tokens of the sequences in a row whose memory is measured: attention's time would grow with longer ones."""
-LEAST_REPEATS, MOST_REPEATS = 4, 10
-"""Timings of a point. Of them the mean of all but the slowest counts: a step is a sum of many, and on a busy machine
-the slow ones are part of it, so that a median would be too low."""
-ENOUGH_S = 1.0
-"""After so long a point is not timed more often than it must be."""
-LONG_S = 4.0
-"""After so long twice is enough: steps that take seconds are little disturbed by what takes milliseconds."""
+ROUNDS = 2
+"""In which all points are timed, one after the other: what else a machine does comes in spells of seconds, one of which
+must not fall on all times of a point."""
+LEAST_REPEATS, MOST_REPEATS = 2, 4
+"""Timings of a point in a round. Of all rounds' the mean of all but the slowest counts: a step is a sum of many, and on
+a busy machine the slow ones are part of it, so that a median would be too low."""
+ENOUGH_S = 0.5
+"""After so long a point is not timed more often in a round than it must be."""
+LONG_S = 2.0
+"""After so long once is enough: steps that take seconds are little disturbed by what takes milliseconds."""
+ALONE_REPEATS = 4
+"""Timings of what is no step: the optimizer's, an exchange by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,13 @@ class Reading:
     spread: float
     """Largest over least of those, less 1, over the root of their number: how noisy the mean is."""
 
+    @classmethod
+    def of(cls, point: Point, part: Part, taken: Sequence[float]) -> Reading:
+        """`taken`: seconds, of all rounds."""
+        kept = but_the_slowest(taken)
+        noise = (kept[-1] / kept[0] - 1.0) / math.sqrt(len(kept))
+        return cls(point=point, part=part, seconds=statistics.fmean(kept), spread=noise)
+
 
 class Probe:
     """One model on its ranks. All methods are collectives."""
@@ -53,20 +65,14 @@ class Probe:
         self.world_size = dist.get_world_size()
         self.device = next(model.parameters()).device
 
-    def read(self, point: Point) -> Reading:
-        """Times a point, after a warm-up."""
-        taken = self.times(point.mixes(self.world_size))
-        noise = (taken[-1] / taken[0] - 1.0) / math.sqrt(len(taken))
-        return Reading(point=point, part=self.part, seconds=statistics.fmean(taken), spread=noise)
-
     def times(self, mixes: Sequence[Mix]) -> list[float]:
-        """Seconds of the slowest rank after a warm-up, ascending, the slowest time left out."""
+        """Seconds of the slowest rank, of a round's repeats after a warm-up."""
         batch = self.batch(mixes)
         timed_step(self.model, batch, self.groups)
         taken: list[float] = []  # the same on all ranks, so that all stop alike
         while more_repeats(taken):
             taken.append(timed_step(self.model, batch, self.groups))
-        return sorted(taken)[:-1]
+        return taken
 
     def once(self, mixes: Sequence[Mix]) -> float:
         """Seconds of the slowest rank, without a warm-up."""
@@ -90,7 +96,7 @@ class Probe:
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
         forward_backward(self.model, self.batch(Point(1, (1,)).mixes(self.world_size)), self.groups)
         taken = []
-        for _ in range(LEAST_REPEATS + 1):
+        for _ in range(ALONE_REPEATS + 1):
             dist.barrier(group=self.groups.control)
             began = time.perf_counter()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -121,7 +127,7 @@ class Probe:
             torch.zeros(tokens * degree, width // degree, dtype=dtype, device=self.device) for width in columns
         )
         times = []
-        for _ in range(LEAST_REPEATS + 1):
+        for _ in range(ALONE_REPEATS + 1):
             dist.barrier(group=self.groups.control)
             began = time.perf_counter()
             if channel is not None:
@@ -144,25 +150,28 @@ def short_sequences(tokens: int) -> tuple[int, ...]:
     return (ROW_LENGTH,) * whole + ((rest,) if rest else ())
 
 
+def but_the_slowest(taken: Sequence[float]) -> list[float]:
+    """Those that count, ascending."""
+    return sorted(taken)[: max(1, len(taken) - 1)]
+
+
 def more_repeats(taken: Sequence[float]) -> bool:
-    """Whether a point is to be timed once more, after these seconds."""
+    """Whether a point is to be timed once more in a round, after these seconds of it."""
     if len(taken) < LEAST_REPEATS:
-        return len(taken) < 2 or sum(taken) < LONG_S
+        return not taken or sum(taken) < LONG_S
     return len(taken) < MOST_REPEATS and sum(taken) < ENOUGH_S
 
 
 def timed_step(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> float:
-    """Seconds of forward and backward of one batch, of the slowest rank; gradients are cleared, weights untouched."""
-    device = next(model.parameters()).device
+    """Seconds of a batch's micro-batches, of the slowest rank; gradients are cleared, weights untouched.
+
+    Of the micro-batches alone, as predictions and the correction have it: what a step takes before, once for all of
+    them (tokens that are made or read, the agreement of the ranks), is no part of a micro-batch's cost.
+    """
     model.zero_grad()
-    groups.prepare([batch.plan], batch.layouts)
-    dist.barrier(group=groups.control)
-    began = time.perf_counter()
-    forward_backward(model, batch, groups)
-    _synchronize(device)
-    seconds = largest_of_all(time.perf_counter() - began, groups)
+    result = forward_backward(model, batch, groups)
     model.zero_grad()
-    return seconds
+    return largest_of_all(sum(each.elapsed_s for each in result.times), groups)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """How much `flexsp profile` computes: FLOPs of a rank, counted from the plan of what is run, without running it.
 
-Counted are the least repeats of every row (4), which rows of up to a second get: shorter ones get more, and take
+Counted are the least repeats of every row (2 a round): rows of less than a quarter of a second get more, and take
 little. So much by so many FLOP/s is about how long measuring takes on a GPU; what is launched, exchanged and built
 beside is not in it.
 """
@@ -14,9 +14,12 @@ from flexsp.estimate import ModelShape
 from flexsp.profiler.parts import HEAD_TOKENS, parts_of
 from flexsp.profiler.points import SHARES, Mix, Part, fit_points, held_out_mixes, row_tokens
 from flexsp.profiler.policies import LEAST_PAIRS
-from flexsp.profiler.probe import LEAST_REPEATS, short_sequences
-from flexsp.profiler.splits import ROUNDS, ROWS
+from flexsp.profiler.probe import LEAST_REPEATS, ROUNDS, short_sequences
+from flexsp.profiler.splits import ROUNDS as SPLIT_ROUNDS
+from flexsp.profiler.splits import ROWS
 
+RUNS = ROUNDS * (LEAST_REPEATS + 1)
+"""Of every row that is timed, warm-ups included."""
 PEAK_ROWS = (0.25, 0.25, 1.0, 2.0, 4.0)
 """Rows whose memory is measured, as shares of the largest that is timed: the first twice, see `memory.peak_fit`."""
 
@@ -48,17 +51,17 @@ def planned_flops(
         cost = _CostOfRank(shape, part)
         plan: list[tuple[float, Mix]] = []  # how often what is run
         if head:
-            plan += [(LEAST_REPEATS + 1, [(1, (most,))])] * 2
+            plan += [(RUNS, [(1, (most,))])] * 2
         else:
             for point in fit_points(most, degrees if first else [1]):
-                plan.append(((LEAST_REPEATS + 1) * point.count, [(point.degree, point.lengths)]))
+                plan.append((RUNS * point.count, [(point.degree, point.lengths)]))
         if first:
-            plan += [(LEAST_REPEATS + 1, mix) for mix in held_out_mixes(most, degrees, world_size, 6)]
+            plan += [(RUNS, mix) for mix in held_out_mixes(most, degrees, world_size, 6)]
             for degree in degrees:
                 plan.append((2, [(degree, short_sequences(most * degree))]))  # what a degree holds
                 if num_splits(degree) > 1:
                     row = row_tokens(most, degree)
-                    rounds = ROUNDS * num_splits(degree)
+                    rounds = SPLIT_ROUNDS * num_splits(degree)
                     plan += [(rounds, [(degree, (row // count,) * count)]) for count in ROWS]
         peaks = sum(PEAK_ROWS[:3] if head else PEAK_ROWS)
         peak = cost([(1, short_sequences(round(peaks * most)))])

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from flexsp.estimate import estimate_profile, load_cluster, model_shape
 from flexsp.estimate.cluster import known_peak
-from flexsp.parallel import GroupPool, layouts_of, powers_of_two
+from flexsp.parallel import GroupPool, check_degrees, default_layouts, layouts_of, powers_of_two
 from flexsp.profile import Profile
 from flexsp.profiler.alike import check_alike
 from flexsp.profiler.layers import measure_layers
@@ -101,6 +101,7 @@ def profile_model(request: ProfileRequest) -> int:
             if doubt := other_device(device_name(device), cluster):
                 log.warning("profile: %s", doubt)
             degrees = sorted({1, *(d for d in degrees if d <= world_size)})
+        check_degrees(degrees, config, world_size, default_layouts(config, degrees))
         flops = planned_flops(
             shape, tokens, degrees, world_size, lambda degree: len(layouts_of(config, degree)), request.policies
         )
