@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from flexsp.train.leaving import within
 
 NOBODY_READS = """
 import sys, threading, time
@@ -75,3 +78,15 @@ dir = "{tmp_path / "out"}"
         [sys.executable, "-c", HELD_UNTIL_THE_END, str(config)], capture_output=True, text=True, timeout=100
     )
     assert ended.stdout.startswith("held: ") and "none.jsonl" in ended.stdout, ended
+
+
+def test_where_no_thread_can_be_started_it_is_written_all_the_same(monkeypatch):
+    """Memory that has run out is no reason to end without a word."""
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    said: list[str] = []
+    within(1.0, lambda: said.append("out of memory"))
+    assert said == ["out of memory"]

@@ -45,5 +45,9 @@ def within(patience_s: float, write: Callable[[], None]) -> None:
             write()
 
     thread = threading.Thread(target=written, name="flexsp-last-words", daemon=True)
-    thread.start()
-    thread.join(patience_s)
+    try:
+        thread.start()
+    except RuntimeError:  # memory has run out, of which a thread needs some
+        written()
+    else:
+        thread.join(patience_s)
