@@ -1,6 +1,6 @@
 """What does a card do on whole models, and how far is the estimate from its data sheet? Meant for one GPU or more.
 
-    python benchmarks/card.py --cluster h100 [--num-devices 8] [--ranks 1] [CONFIG.json ...]
+    python benchmarks/card.py --cluster h100 [--num-devices 8] [--ranks 1] [CONFIG.json ...] [FLAGS of flexsp profile]
 
 Measures each config (by default Llama-3.2-1B and -3-8B of `examples/models`) with `flexsp profile`, whose wall time
 is taken from outside, start and imports included. Says what the fit and its held-out micro-batches are off by, what
@@ -38,8 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=1, help="as many as GPUs (1)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/card_CLUSTER.json")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: flags of flexsp profile")
-    arguments = parser.parse_args()
+    arguments, arguments.flags = parser.parse_known_args()
     results = [one_model(path, arguments) for path in arguments.models or MODELS]
     output = arguments.output or HERE / f"results/card_{arguments.cluster}.json"
     jsonfields.write_object(output, {"cluster": arguments.cluster, "ranks": arguments.ranks, "models": results})
@@ -54,7 +53,7 @@ def one_model(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(arguments.ranks),
             "-m", "flexsp", "profile", str(path), "--output", str(file),
             "--cluster", arguments.cluster, "--num-devices", str(arguments.num_devices),
-            *[flag for flag in arguments.flags if flag != "--"],
+            *arguments.flags,
         ]  # fmt: skip
         began = time.perf_counter()
         subprocess.run(command, check=True)
@@ -113,8 +112,9 @@ def coefficients(measured: Profile, estimated: Profile) -> dict[str, dict[str, f
         bandwidths = profile.all_to_all.bandwidth_bytes_per_s
         return own | {f"bandwidth_bytes_per_s.{degree}": rate for degree, rate in bandwidths.items()}
 
-    first, second = of(measured), of(estimated)
-    return {name: {"measured": first[name], "estimated": second[name]} for name in first if name in second}
+    first, second, where = of(measured), of(estimated), measured.provenance["fields"]
+    names = [name for name in first if name in second and where.get(f"all_to_all.{name}", "measured") == "measured"]
+    return {name: {"measured": first[name], "estimated": second[name]} for name in names}
 
 
 if __name__ == "__main__":
