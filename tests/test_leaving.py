@@ -13,12 +13,14 @@ from flexsp.train.leaving import within
 NOBODY_READS = """
 import sys, threading, time
 from pathlib import Path
-from flexsp.train.failures import Guard
+from flexsp.train import failures
+
+failures.PATIENCE_S = 1.0
 
 def say(text, status):
     print(text, flush=True)
 
-with Guard(Path(sys.argv[1]), 60.0, say) as guard, guard.explaining():
+with failures.Guard(Path(sys.argv[1]), 60.0, say) as guard, guard.explaining():
     guard.place.at("measuring the profile")
     print("in the run", file=sys.stderr, flush=True)
     while True:

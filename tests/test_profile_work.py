@@ -72,7 +72,8 @@ def multiplied(degrees: list[int]) -> float:
     return float(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_what_is_counted_is_what_a_rank_computes(ranks, world_size, monkeypatch):
     """torch counts no attention in the kernels that rows use, so here flexsp does not either."""
     degrees = [1, 2][:world_size]

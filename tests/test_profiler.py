@@ -50,7 +50,7 @@ def measured(folder: str) -> tuple[dict, dict]:
     return first.to_json(), {"path": str(path)}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_measured_profile_is_complete_saved_and_reused(ranks, world_size, tmp_path):
     results = ranks(world_size).run(measured, str(tmp_path), timeout_s=120.0)
     document = results[0][0]
