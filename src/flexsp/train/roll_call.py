@@ -18,10 +18,7 @@ CLOSED = (
 """What gloo, TCPStore and NCCL say where another rank's process has ended."""
 LATE = ("Timed out waiting", "timed out after", "wait timeout after", "Socket Timeout", "Watchdog caught collective")
 """What they say where another rank has not come."""
-WAITS = (
-    "/torch/distributed/", "/torch/_ops.py", "/torch/cuda/__init__.py", "/flexsp/parallel/channels.py",
-    "/flexsp/parallel/step.py",
-)  # fmt: skip
+WAITS = ("/torch/distributed/", "/torch/_ops.py", "/torch/cuda/__init__.py", "/flexsp/parallel/channels.py")
 """Files whose code waits for other ranks; on CUDA where it waits for the device, whose collectives do."""
 
 
