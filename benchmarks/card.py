@@ -56,7 +56,8 @@ def one_model(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             *arguments.flags,
         ]  # fmt: skip
         began = time.perf_counter()
-        subprocess.run(command, check=True)
+        if status := subprocess.run(command).returncode:
+            sys.exit(status)  # it has said why
         wall_s = time.perf_counter() - began
         measured = Profile.load(file)
     shape = load_model_shape(path)
