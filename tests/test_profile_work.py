@@ -84,5 +84,5 @@ def test_what_is_counted_is_what_a_rank_computes(ranks, world_size, monkeypatch)
     counted = planned_flops(shape, 256, degrees, world_size, lambda degree: len(layouts_of(config, degree)))
     if world_size == 1:
         assert of_ranks[0] == pytest.approx(counted, rel=0.01)
-    else:  # counted are the busiest rank of every micro-batch, and splits that may not be timed again
-        assert 0.7 * counted < max(of_ranks) < 1.02 * counted
+    else:  # counted is the busiest rank of every micro-batch
+        assert 0.9 * counted < max(of_ranks) < 1.02 * counted
