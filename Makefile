@@ -36,7 +36,7 @@ types: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flexsp needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,datasets,tensorboard,milp,plot,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,datasets,tensorboard,milp,plot,dev]'
 	@echo "Compiling the planner's kernels, once ..."
 	@$(BIN)/python -c 'from flexsp.planner.kernels import load_kernels; load_kernels()'
 	@touch $@

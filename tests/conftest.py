@@ -17,6 +17,13 @@ def pytest_configure() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start ranks are `alone`; others that are say so themselves."""
+    for item in items:
+        if {"ranks", "broken_ranks", "launcher"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RankPool]]:
     """`ranks(4)` is a pool of four gloo ranks, kept for the whole session."""

@@ -20,6 +20,8 @@ from flexsp.parallel.exchange import exchange_rows
 from flexsp.parallel.groups import channel_ranks
 from flexsp.profile import Layout
 
+pytestmark = pytest.mark.alone
+
 RINGS = {size: Layout(ulysses=1, ring=size) for size in (2, 3, 4)}
 HYBRID = {4: Layout(ulysses=2, ring=2)}
 DTYPES = (torch.float64, torch.bfloat16, torch.int64)

@@ -25,6 +25,8 @@ from flexsp.train.resume import check_order, find_start, say_versions
 from flexsp.train.run_dir import write_began
 from rank_pool import RanksFailed
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(("asynchronous", "loading"), [(True, 4), (True, 2), (False, 2)])
 def test_what_is_saved_on_four_ranks_is_what_was_there_then(ranks, tmp_path, asynchronous, loading):

@@ -14,6 +14,8 @@ from flexsp.parallel.clock import BusyClock, ExchangeClock, clock_of
 from flexsp.plans import Group, MicroBatch, Plan
 from reference import build, small_config
 
+pytestmark = pytest.mark.alone
+
 GATHER, EXCHANGE, LOSS = 1000, 10, 1
 """Ticks of an FSDP2 collective, of an all-to-all and of a loss; reading the clock takes none."""
 FSDP2 = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")

@@ -23,6 +23,8 @@ from reference import small_config
 from test_equality import MIXED, SPECIAL, generated_cases, plan, ring
 from test_families import EXPERTS, SIZES
 
+pytestmark = pytest.mark.alone
+
 STEPS = 7
 FP64 = 1e-12
 

@@ -32,6 +32,8 @@ from flexsp.watch.rows import METRICS, last_rows
 from profiles import profile
 from test_train import CONFIG
 
+pytestmark = pytest.mark.alone
+
 
 def learned_from(base: Profile, folder: Path) -> Profile:
     """What a run in `folder` that started from `base` has saved."""

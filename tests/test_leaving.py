@@ -10,6 +10,8 @@ import pytest
 
 from flexsp.train.leaving import within
 
+pytestmark = pytest.mark.alone
+
 NOBODY_READS = """
 import sys, threading, time
 from pathlib import Path

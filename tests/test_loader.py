@@ -23,6 +23,8 @@ from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
 from profiles import profile
 
+pytestmark = pytest.mark.alone
+
 
 def test_every_epoch_has_every_sequence_once_in_another_order():
     ids = np.concatenate([global_batch(10, 4, seed=3, step=step) for step in range(5)])

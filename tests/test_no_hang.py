@@ -23,6 +23,8 @@ from fault_runs import ANSWER_S, one_line
 from flexsp.train.failures import Guard
 from flexsp.train.roll_call import Kind, Report, verdict
 
+pytestmark = pytest.mark.alone
+
 CAUSES = {
     "raises_in_forward": r"step 2, rank 1, forward and backward: RuntimeError: the fan has stopped",
     "raises_value_error_in_forward": r"step 2, rank 1, forward and backward: ValueError: an odd shape",

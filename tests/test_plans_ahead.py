@@ -17,6 +17,8 @@ from flexsp.planner.service import PlannerError, PlannerGoneError, PlanService
 from flexsp.profile import Policy, Profile
 from profiles import profile
 
+pytestmark = pytest.mark.alone
+
 LENGTHS = np.array([30, 4])
 
 

@@ -14,6 +14,8 @@ import pytest
 from flexsp.estimate import model_shape
 from flexsp.profiler.parts import needed_bytes, pinned_bytes
 
+pytestmark = pytest.mark.alone
+
 WIDE_HEAD = {
     "model_type": "llama", "vocab_size": 64000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 7,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,

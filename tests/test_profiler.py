@@ -15,6 +15,8 @@ from flexsp.profiler.memory import memory_limit
 from flexsp.profiler.splits import fastest
 from reference import build, small_config
 
+pytestmark = pytest.mark.alone
+
 
 def test_exchanged_bytes_are_those_of_the_published_7b_profile():
     """2 MiB a token: 32 layers of 4 x 4096 half-precision numbers, forward and backward."""
@@ -116,6 +118,7 @@ def heads_that_no_degree_divides() -> dict:
     return found.to_json()
 
 
+@pytest.mark.slow
 def test_degrees_that_the_heads_do_not_allow_are_measured_as_rings(ranks):
     document = ranks(2).run(heads_that_no_degree_divides, timeout_s=120.0)[0]
     assert document["layouts"] == {"2": {"ulysses": 1, "ring": 2}}

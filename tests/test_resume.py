@@ -9,17 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fault_runs import Launcher
 from flexsp.batches import global_batch
 from flexsp.train.records import SEQUENCES
 from flexsp.watch.rows import METRICS, last_rows
+from profiles import profile_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from kills_proof import read_log, trained_once
+
+pytestmark = pytest.mark.alone
 
 STEPS, BATCH = 36, 8
 CONFIG = f"""
@@ -30,8 +35,7 @@ cache_dir = "data"
 source = "rows.jsonl"
 max_length = "1K"
 [planner]
-profile_dir = "profiles"
-max_tokens_per_rank = 700
+profile = "profile.json"
 correct = false
 [train]
 steps = {STEPS}
@@ -103,15 +107,32 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Starts runs in the folder of `unbroken` without torchrun's start, where that is not what is tested."""
+    made = Launcher(tmp_path_factory.mktemp("resume"))
+    yield made
+    made.close()
+
+
+def ran(launcher: Launcher, *flags: str) -> str:
+    """What a run of two ranks that ends well prints."""
+    ended = launcher.run("none", "--run.dir", "out", *flags)
+    assert ended.statuses == [0, 0], ended.err[-3000:]
+    return ended.out
+
+
+@pytest.fixture(scope="module")
+def unbroken(launcher: Launcher) -> Path:
     """A folder with the corpus, one epoch of the run, and a run of two ranks that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("resume")
+    folder = launcher.folder
     draw = random.Random(0)
     lengths = [min(1024, max(8, int(draw.lognormvariate(4.3, 1.2)))) for _ in range(EPOCH)]
     text = [[draw.choice(b"abcdefgh ") for _ in range(length)] for length in lengths]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in text))
     (folder / "config.toml").write_text(CONFIG)
-    run(folder, 2)
+    provenance = {"source": "estimated", "max_tokens_per_rank": 700}
+    (folder / "profile.json").write_text(json.dumps(profile_json(4, 700, provenance=provenance)))
+    ran(launcher)
     return folder
 
 
@@ -129,13 +150,13 @@ def test_the_loss_falls_and_every_sequence_is_trained_once(unbroken):
 
 
 @pytest.mark.timeout(400)
-def test_a_killed_run_goes_on_bit_for_bit(unbroken):
+def test_a_killed_run_goes_on_bit_for_bit(unbroken, launcher):
     child = start(unbroken, 2, "--run.dir", "killed")
     wait_for(child, unbroken / "killed", 6)
     kill_all_of(child)
     before = rows_done(unbroken / "killed")
     assert 6 <= before < STEPS
-    said = run(unbroken, 2, "--run.dir", "killed")
+    said = ran(launcher, "--run.dir", "killed")
     assert "checkpoint: going on after step" in said
     assert losses(unbroken / "killed") == losses(unbroken / "out")
     norms = [last_rows(unbroken / name / METRICS)[STEPS - 1]["grad_norm"] for name in ("killed", "out")]
@@ -162,6 +183,7 @@ def test_five_kills_and_other_numbers_of_ranks_train_every_sequence_once(unbroke
     proven_once(folder)
 
 
+@pytest.mark.slow  # without torchrun test_run_dir.py has it
 @pytest.mark.timeout(400)
 def test_sigterm_finishes_the_step_saves_and_says_so(unbroken):
     child = start(unbroken, 2, "--run.dir", "stopped", "--checkpoint.every", "100")
@@ -181,17 +203,16 @@ def test_sigterm_finishes_the_step_saves_and_says_so(unbroken):
     assert rows_done(unbroken / "stopped") == STEPS
 
 
-def test_a_finished_run_started_again_trains_nothing(unbroken):
+def test_a_finished_run_started_again_trains_nothing(unbroken, launcher):
     before = rows_done(unbroken / "out")
-    said = run(unbroken, 2)
+    said = ran(launcher)
     assert f"going on after step {STEPS} of {STEPS}" in said and rows_done(unbroken / "out") == before
 
 
-def test_another_configuration_in_the_same_folder_is_one_line(unbroken):
-    child = start(unbroken, 2, "--train.lr", "0.5")
-    _, err = child.communicate(timeout=200)
-    ours = [line for line in err.splitlines() if line.startswith("flexsp train:")]
-    assert len(ours) == 1 and "train.lr=0.5 is not 0.01, with which out/checkpoints/step-00000036 was made" in ours[0]
+def test_another_configuration_in_the_same_folder_is_one_line(unbroken, launcher):
+    ended = launcher.run("none", "--run.dir", "out", "--train.lr", "0.5")
+    assert ended.statuses == [2, 2] and len(ended.said) == 1
+    assert "train.lr=0.5 is not 0.01, with which out/checkpoints/step-00000036 was made" in ended.said[0]
 
 
 @pytest.mark.slow

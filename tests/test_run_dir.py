@@ -31,7 +31,7 @@ def steps_of(path: Path) -> list[int]:
 
 
 def test_a_second_start_waits_then_ends_in_one_line_and_one_after_a_kill_goes_on(folder, launcher):
-    other, flags = Launcher(folder), ("--run.dir", "held", *ROWS, "--train.steps", "40")
+    other, flags = Launcher(folder), ("--run.dir", "held", *ROWS, "--train.steps", "24")
     rows, lock = folder / "held" / METRICS, folder / "held" / LOCK
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -48,7 +48,7 @@ def test_a_second_start_waits_then_ends_in_one_line_and_one_after_a_kill_goes_on
             assert first.result().statuses[0] == -signal.SIGKILL
     finally:
         other.close()
-    assert sorted(last_rows(rows)) == list(range(40))
+    assert sorted(last_rows(rows)) == list(range(24))
     again = [step for step, next_step in zip(steps_of(rows), steps_of(rows)[1:], strict=False) if next_step <= step]
     assert len(again) <= 1  # where it went on
 

@@ -22,6 +22,8 @@ import data_ranks
 import small_tokenizers
 from flexsp.data import DataOptions, TokenStore, build_lock, formats, indexing, open_corpus, shards, sources
 
+pytestmark = pytest.mark.alone
+
 DRAW = random.Random(0)
 ROWS = [[DRAW.randrange(1000) for _ in range(DRAW.randrange(1, 40))] for _ in range(300)]
 

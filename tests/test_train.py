@@ -16,6 +16,8 @@ import torch
 
 from fault_runs import Launcher
 
+pytestmark = pytest.mark.alone
+
 CONFIG = """
 [model]
 config = { model_type = "llama", vocab_size = 256, hidden_size = 32, intermediate_size = 64, num_hidden_layers = 2, num_attention_heads = 4, num_key_value_heads = 2, max_position_embeddings = 4096 }
@@ -221,7 +223,7 @@ def test_a_profile_of_more_devices_with_policies_is_used_and_what_was_assumed_is
     assert all(set(degrees) <= {1, 2} for row in rows for degrees in row["micro_batches"])
 
 
-def test_what_a_run_learned_is_saved_and_the_next_one_in_its_folder_goes_on_from_it(run):
+def test_what_a_run_learned_is_saved_and_the_next_one_in_its_folder_goes_on_from_it(run, launcher):
     folder, _ = run
     learned = json.loads((folder / "out/profile.json").read_text())
     base = json.loads((folder / "four.json").read_text())
@@ -229,11 +231,12 @@ def test_what_a_run_learned_is_saved_and_the_next_one_in_its_folder_goes_on_from
     assert learned["compute"]["linear_s"] == pytest.approx(ratio * base["compute"]["linear_s"])
     (folder / "next").mkdir()
     (folder / "next/profile.json").write_text((folder / "out/profile.json").read_text())
-    done = train(
-        folder, "--run.dir", "next", "--train.steps", "1", "--run.compare_batches", "0", "--run.save_model", "false",
+    ended = launcher.run(
+        "none", "--run.dir", "next", "--train.steps", "1", "--run.compare_batches", "0", "--run.save_model", "false",
+        world_size=4,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on from what the last run in this folder learned, next/profile.json" in done.stdout
+    assert ended.statuses == [0] * 4, ended.err[-3000:]
+    assert "going on from what the last run in this folder learned, next/profile.json" in ended.out
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from flexsp.cli.main import main
 from flexsp.parallel.small import small_config
 from flexsp.train import verify
 
+pytestmark = pytest.mark.alone
+
 MIXTRAL = {
     "model_type": "mixtral", "vocab_size": 3000, "hidden_size": 96, "intermediate_size": 640, "num_hidden_layers": 7,
     "num_attention_heads": 6, "num_key_value_heads": 3, "num_local_experts": 16, "sliding_window": 512,
