@@ -27,6 +27,8 @@ SIZES = ("7b", "13b", "30b")
 DTYPE = "bfloat16"
 LOGIT_BYTES = 2 + 4 + 4
 """Of one logit there, as far as is known: as computed, in fp32 for the loss, and its gradient."""
+FRACTION = 0.9
+"""Of a device's memory, as `flexsp estimate` takes it."""
 BAND = 0.25
 """How far a time may be off."""
 
@@ -53,6 +55,7 @@ def rows_of(size: str) -> list[dict[str, Any]]:
             (f"bandwidth_bytes_per_s[{d}]", seconds.exchange_bytes_per_s(cluster, d), rate, True)
             for d, rate in published.all_to_all.bandwidth_bytes_per_s.items()
         ),
+        ("memory_bytes", FRACTION * cluster.memory_bytes, published.memory.memory_bytes, False),
         ("model_state_bytes, sharded", share_bytes, published.memory.model_state_bytes, True),
         (
             "model_state_bytes, with what is gathered",

@@ -4,6 +4,7 @@ test_estimate_splits.py how degrees split into heads x context.
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -185,12 +186,29 @@ def test_zero_stages_shard_ever_more():
     assert three.optimizer_s == optimizer_s(shape, load_cluster("a100-80"), 0)
 
 
-def test_one_device_in_float32_holds_the_model_once():
+def test_one_device_gathers_what_more_do():
+    """FSDP2 copies the one shard too, in float32 as well (`_fsdp_param_group.py` of torch 2.13)."""
     shape = load_model_shape(MODELS / "llama-3.2-1b.json")
-    alone = estimate(shape, num_devices=1, dtype="float32")
+    alone, two = (estimate(shape, num_devices=n, dtype="float32") for n in (1, 2))
     assert alone.sp_degrees == (1,)
-    assert alone.memory.model_state_bytes == 16 * shape.num_parameters + CHUNK_OF_LLAMA
+    assert alone.memory.unsharded_bytes == two.memory.unsharded_bytes > CHUNK_OF_LLAMA
+    assert alone.memory.model_state_bytes == 16 * shape.num_parameters + alone.memory.unsharded_bytes
     assert alone.compute.linear_s > 10 * estimate(shape, num_devices=1).compute.linear_s
+
+
+def test_weights_in_bfloat16_take_half_of_the_states_and_of_the_optimizers_seconds():
+    shape = load_model_shape(MODELS / "llama-3-8b.json")
+    usual, half = (estimate(shape, num_devices=8, weights=weights) for weights in ("float32", "bfloat16"))
+    assert half.memory.unsharded_bytes == usual.memory.unsharded_bytes
+    shares = [p.memory.model_state_bytes - p.memory.unsharded_bytes for p in (usual, half)]
+    assert shares == [2 * shape.num_parameters, shape.num_parameters]
+    assert half.optimizer_s == usual.optimizer_s / 2
+    assert half.provenance["fields"]["memory.model_state_bytes"].startswith("8 bytes a parameter over all devices")
+    # ZeRO-2 keeps no copy of what the weights are anyway: moments alone are sharded
+    two, three = (estimate(shape, num_devices=8, weights="bfloat16", zero_stage=stage) for stage in (2, 3))
+    moments = (4 + 2) * shape.num_parameters / 8 + 2 * shape.num_parameters
+    assert two.memory.model_state_bytes == pytest.approx(moments + CHUNK_OF_LLAMA)
+    assert three.memory.model_state_bytes < two.memory.model_state_bytes
 
 
 def test_an_estimate_is_pure_says_where_it_comes_from_and_can_be_planned_with(tmp_path):
@@ -281,6 +299,21 @@ def test_the_command_prints_every_coefficient_and_saves_the_profile(tmp_path, ca
     assert saved.provenance["date"]
 
 
+def test_brackets_in_a_name_are_printed_as_they_are(tmp_path, capsys):
+    config = json.loads(Path(LLAMA[1]).read_text())
+    folder = tmp_path / "a[red]b[" / "[x]"
+    folder.mkdir(parents=True)
+    for change in ({}, {"sliding_window": "[x]"}, {"model_type": "[bold]"}, {"hidden_act": "[x]"}):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        status = main(["estimate", "--model", str(folder), "--cluster", "h100"])
+        told = capsys.readouterr()
+        assert status == 0 or (status == 2 and told.err.count("\n") == 1)
+        assert status or "[x] on 8 x" in told.out
+    (folder / "[y].json").write_text(json.dumps(config))
+    assert main(["estimate", "--model", str(folder / "[y].json"), "--cluster", "h100"]) == 0
+    assert "[y] on 8 x NVIDIA" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -293,6 +326,11 @@ def test_the_command_prints_every_coefficient_and_saves_the_profile(tmp_path, ca
         ([*LLAMA, "--cluster", "h100", "--sp-degrees", "9"], "sp_degree=9 must be between 1 and num_devices=8; use"),
         ([*LLAMA, "--cluster", "h100", "--sp-degrees", "0"], "sp_degree=0 must be between 1 and num_devices=8"),
         ([*LLAMA, "--cluster", "h100", "--dtype", "fp8"], "dtype='fp8' is unknown; choose one of bfloat16, float32"),
+        (
+            [*LLAMA, "--cluster", "h100", "--weights", "fp8"],
+            "weights='fp8' is unknown; choose one of bfloat16, float32",
+        ),
+        ([*LLAMA, "--cluster", "h100", "--output", ""], "cannot be written (PosixPath('.') has an empty name)"),
         ([*LLAMA, "--cluster", "h100", "--zero-stage", "4"], "zero_stage=4 is unknown; choose one of 1, 2, 3"),
         ([*LLAMA, "--cluster", "h100", "--memory-fraction", "2"], "memory_fraction=2.0 must be above 0"),
         ([*LLAMA, "--cluster", "h100", "--num-devices", str(2**53)], "num_devices=9007199254740992 must be from 1 to"),

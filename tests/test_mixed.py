@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexsp.estimate import estimate_profile, load_cluster, load_model_shape
-from flexsp.profile import Layout, Profile
+from flexsp.profile import Layout, Profile, Table
 from flexsp.profiler.mixed import fill_from_estimate, other_device
 from profiles import profile, profile_json
 
@@ -84,13 +84,30 @@ def test_every_number_of_the_file_has_a_field_that_says_where_it_is_from():
     document["memory"] |= {"unsharded_bytes": 7, "policies": {"full": {"activation_bytes_per_token": 2}}}
     estimate = profile(16, layouts={"16": {"ulysses": 8, "ring": 2}})
     mixed = fill_from_estimate(Profile.from_json(document), estimate)
-    assert (mixed.memory.unsharded_bytes, list(mixed.tables)) == (7, [1, 2])
+    assert (mixed.memory.unsharded_bytes, list(mixed.tables)) == (7, [1, 2, 4, 8, 16])
     fields = mixed.provenance["fields"]
     told = {key: value for key, value in mixed.to_json().items() if key not in ("format", "name", "provenance")}
     for leaf in leaves(told):
         assert any(leaf == field or leaf.startswith(f"{field}.") for field in fields), leaf
     for field in fields:
         assert any(leaf == field or leaf.startswith(f"{field}.") for leaf in leaves(told)), field
+
+
+def test_a_table_of_degree_1_alone_makes_no_other_degree_look_cheap():
+    of_card = Table(lengths=(128, 2048, 32768), seconds_per_token=(3e-3, 2e-3, 0.4))
+    measured = replace(profile(1), tables={1: of_card})  # the formula says 2.3e-3 at 128 tokens
+    mixed = fill_from_estimate(measured, profile(8))
+    assert mixed.tables[1] == of_card
+    assert "measured" == mixed.provenance["fields"]["tables.1"]
+    assert mixed.provenance["fields"]["tables.8"].startswith("estimated: the table of degree 1 shared by")
+    for degree in (2, 4, 8):
+        for length in (128, 500, 2048, 9000, 32768, 100_000):
+            alone_s, shared_s = mixed.group_table_s(1, [length]), mixed.group_table_s(degree, [length])
+            exchange_s = shared_s - alone_s / degree
+            said_s = length * mixed.exchange_s_per_token(degree)
+            row_s = mixed.latency_s(degree) * length / (degree * 32768)  # of a full row, what this length fills
+            assert exchange_s == pytest.approx(said_s + row_s, rel=1e-6)
+    assert fill_from_estimate(profile(1), profile(8)).tables == {}
 
 
 def test_what_a_token_holds_is_said_of_the_degrees_that_were_run():

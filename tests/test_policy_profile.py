@@ -22,6 +22,8 @@ from flexsp.train.config import parse_config
 from profiles import profile
 from reference import build, small_config
 
+pytestmark = pytest.mark.alone
+
 
 def measured() -> tuple[Profile, str]:
     """A measured profile, and what a policy of another name says."""
@@ -93,7 +95,7 @@ def test_measuring_needs_less_where_weights_are_of_half_precision():
     from flexsp.estimate import model_shape
 
     shape = model_shape(small_config(num_hidden_layers=12, vocab_size=4096).to_dict())
-    assert needed_bytes(shape, 1, weight_bytes=2) < 0.6 * needed_bytes(shape, 1)
+    assert needed_bytes(shape, 1, weight_bytes=2) < 0.8 * needed_bytes(shape, 1)  # what is gathered stays
 
 
 def runs_those_it_knows() -> list[str]:

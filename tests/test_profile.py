@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -96,8 +97,21 @@ def test_other_numbers_of_devices_share_the_model_states_and_say_so():
     assert half.memory.model_state_bytes == 2 * p.memory.model_state_bytes
     assert "model_state_bytes sharded evenly" in half.provenance["assumptions"][0]
     assert p.for_devices(8) is p
-    with pytest.raises(ValueError, match="nothing is left for activations"):
-        profile(8, capacity=10).for_devices(1)
+    timed = replace(p, optimizer_s=0.3).for_devices(4)
+    assert timed.optimizer_s == 0.6  # it steps twice as many
+    assert "optimizer_s in proportion" in timed.provenance["assumptions"][0]
+
+
+def test_too_few_devices_are_told_how_many_it_takes():
+    p = replace(profile(16, capacity=10), memory=replace(profile(16, capacity=10).memory, unsharded_bytes=600))
+    with pytest.raises(
+        ValueError, match=r"^num_devices=1: model_state_bytes=7000 .*; use at least (\d+) dev"
+    ) as raised:
+        p.for_devices(1)
+    least = int(str(raised.value).split("at least ")[1].split()[0])
+    assert p.for_devices(least).num_devices == least
+    with pytest.raises(ValueError, match=f"use at least {least} devices"):
+        p.for_devices(least - 1)
 
 
 def test_what_is_not_sharded_is_the_same_on_any_number_of_devices(tmp_path):

@@ -21,6 +21,8 @@ from flexsp.parallel.model import check_model
 from flexsp.profiler.alike import check_alike
 from flexsp.profiler.parts import SMALL_VOCABULARY, build_part, needed_bytes, parts_of, read_model_config
 
+pytestmark = pytest.mark.alone
+
 LLAMA = {
     "model_type": "llama", "vocab_size": 3000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -60,9 +62,19 @@ def test_a_model_is_measured_by_few_of_its_layers_and_the_rest_of_a_cluster_esti
     assert main(["show", str(tmp_path / "profile.json")]) == 0
 
 
+def status_of(*argv: object) -> int:
+    """What the command ends with; what goes wrong on the ranks ends the process, this one."""
+    try:
+        return main([str(each) for each in argv])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--output", "/"], "--output=/ cannot be written; give a file"),
+        (["--output", ""], "--output=. cannot be written; give a file"),
         (["--sp-degrees", "3"], "sp_degree=3 is not between 1 and world_size=1"),
         (["--sp-degrees", "1,x"], "--sp-degrees='1,x' must be positive integers"),
         (["--probe-tokens", "900000K"], "--probe-tokens=921600000: measuring would hold about"),
@@ -74,7 +86,7 @@ def test_a_model_is_measured_by_few_of_its_layers_and_the_rest_of_a_cluster_esti
 )
 def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, flags, message):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    assert main(["profile", str(tmp_path), "--output", str(tmp_path / "p.json"), *flags]) == 2
+    assert status_of("profile", tmp_path, "--output", tmp_path / "p.json", *flags) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert message in said[0]
@@ -99,7 +111,7 @@ def test_a_model_whose_states_do_not_fit_is_refused_before_anything_is_measured(
     """109 billion parameters: 1.7 TB of model states, of which little is in one layer."""
     (tmp_path / "config.json").write_text(json.dumps({**EIGHT_B, "num_hidden_layers": 500, "vocab_size": 256}))
     flags = ["--memory-fraction", "0.5", *flags]
-    assert main(["profile", str(tmp_path), "--output", str(tmp_path / "p.json"), *flags]) == 2
+    assert status_of("profile", tmp_path, "--output", tmp_path / "p.json", *flags) == 2
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()
@@ -119,7 +131,7 @@ def test_a_model_too_large_for_the_ranks_at_hand_is_measured_for_a_cluster_that_
     states = 16 * model_shape(wide).num_parameters
     assert states > profile.memory.memory_bytes > profile.memory.model_state_bytes > states / 64
     assert profile.sp_degrees == (2, 4)
-    assert main([*flags[:3], str(tmp_path), *flags[4:]]) == 2
+    assert status_of(*flags[:3], tmp_path, *flags[4:]) == 2
     assert "cannot be written; give a file" in capsys.readouterr().err
 
 

@@ -225,8 +225,9 @@ class Profile:
         """This model's profile on another number of devices of the same kind, e.g. to plan for half the cluster.
 
         Model states but for `unsharded_bytes` are taken as sharded over all devices (ZeRO-3), so each device's share
-        changes in proportion; degrees above `num_devices` go, and none is added: their exchange is not known. Seconds,
-        bandwidths and the size of a node stay. What was assumed is appended to `provenance["assumptions"]`.
+        changes in proportion, and with it the optimizer's step; degrees above `num_devices` go, and none is added:
+        their exchange is not known. Other seconds, bandwidths and the size of a node stay. What was assumed is appended
+        to `provenance["assumptions"]`.
 
         Raises:
             ValueError: no degree is left, or the model states no longer fit.
@@ -244,20 +245,34 @@ class Profile:
         whole = f" but for unsharded_bytes={whole_bytes}, which each holds" if whole_bytes else ""
         assumption = (
             f"for {num_devices} devices from a profile of {self.num_devices}: model_state_bytes sharded evenly over "
-            f"all devices{whole}; fixed_s, bandwidths and latencies unchanged; no degree above {degrees[-1]}; "
+            f"all devices{whole}{'' if self.optimizer_s is None else ', optimizer_s in proportion'}; fixed_s, "
+            f"bandwidths and latencies unchanged; no degree above {degrees[-1]}; "
             f"{min(self.devices_per_node, num_devices)} devices a node"
         )
         shared_bytes = (self.memory.model_state_bytes - whole_bytes) * self.num_devices
+        if self.memory.memory_bytes <= whole_bytes + shared_bytes / num_devices:
+            raise ValueError(self._too_few(num_devices, shared_bytes))
         return replace(
             self,
             num_devices=num_devices,
             devices_per_node=min(self.devices_per_node, num_devices),
             sp_degrees=degrees,
             memory=replace(self.memory, model_state_bytes=whole_bytes + shared_bytes / num_devices),
+            optimizer_s=None if self.optimizer_s is None else self.optimizer_s * self.num_devices / num_devices,
             provenance={
                 **self.provenance,
                 "assumptions": [*self.provenance.get("assumptions", []), assumption],
             },
+        )
+
+    def _too_few(self, num_devices: int, shared_bytes: float) -> str:
+        """Why the model states do not fit on so many devices, and how many they need."""
+        room_bytes = self.memory.memory_bytes - self.memory.unsharded_bytes
+        held_bytes = self.memory.unsharded_bytes + shared_bytes / num_devices
+        return (
+            f"num_devices={num_devices}: model_state_bytes={int(held_bytes)} a device, of profile {self.name!r} of "
+            f"{self.num_devices}, leave nothing for activations in memory_bytes={int(self.memory.memory_bytes)}; use "
+            f"at least {int(shared_bytes // room_bytes) + 1} devices"
         )
 
     # ---- the file

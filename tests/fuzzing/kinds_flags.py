@@ -162,15 +162,15 @@ ALWAYS = (
 """What argparse says of an argument that is not there, and what is said of numbers in files that are right."""
 
 
-def _checked_profile(request: Any) -> int:
+def _checked_profile(request: Any, say: Any) -> int:
     """`profile_model` up to where it joins the ranks."""
-    with patch("flexsp.train.profiling.joined_ranks", _reached):
-        return _status(profile_model, request)
+    with patch("flexsp.train.profiling.Guard", _reached):
+        return _status(lambda asked: profile_model(asked, say), request)
 
 
 def _checked_verify(request: Any, say: Any, say_end: Any) -> int:
     """`verify_model` up to where it joins the ranks."""
-    with patch("flexsp.train.verify.joined_ranks", _reached):
+    with patch("flexsp.train.verify.Guard", _reached):
         return _status(lambda asked: verify_model(asked, say, say_end), request)
 
 
@@ -178,7 +178,7 @@ class _Reached(Exception):
     pass
 
 
-def _reached(timeout_s: float) -> None:
+def _reached(*_: Any, **__: Any) -> None:
     raise _Reached
 
 

@@ -28,6 +28,12 @@ def add_to(commands: Any) -> None:
         "--dtype", default="bfloat16", metavar="DTYPE", help="bfloat16 or float32, what the model computes in"
     )
     parser.add_argument(
+        "--weights",
+        default="float32",
+        metavar="DTYPE",
+        help="bfloat16 or float32, what weights and optimizer states are kept in (default: float32)",
+    )
+    parser.add_argument(
         "--zero-stage",
         type=int,
         default=3,
@@ -49,13 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
         num_devices=arguments.num_devices,
         sp_degrees=None if arguments.sp_degrees is None else _degrees(arguments.sp_degrees),
         dtype=arguments.dtype,
+        weights=arguments.weights,
         memory_fraction=arguments.memory_fraction,
         zero_stage=arguments.zero_stage,
         date=datetime.date.today().isoformat(),
     )
-    if arguments.output:
+    if arguments.output is not None:
         profile.save(arguments.output)
-    show(shape, profile, Console())
+    show(shape, profile, Console(markup=False))
     return 0
 
 

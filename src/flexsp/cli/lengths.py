@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    console = Console()
+    console = Console(markup=False)
     name: str | None = arguments.lengths
     if arguments.list:
         if name is not None:

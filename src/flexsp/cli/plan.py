@@ -58,9 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
         plan = flexsp.plan(lengths, profile, arguments.planner, **options)
     if not plan.has_plan:
         raise ValueError(f"{plan.status.value}: {plan.reason}")
-    if arguments.output:
+    if arguments.output is not None:
         plan.save(arguments.output)
-    console = Console()
+    console = Console(markup=False)
     if arguments.explain is None:
         show_plan(plan, lengths, profile, console, every_group=arguments.groups)
     else:

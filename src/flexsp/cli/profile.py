@@ -45,8 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}: measuring needs torch and transformers; pip install 'flexsp[train]'") from None
-    from flexsp.train.leaving import leave
-    from flexsp.train.out_of_memory import OutOfMemoryError
     from flexsp.train.profiling import ProfileRequest, profile_model
     from flexsp.train.ranks import first_to_say
 
@@ -69,15 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
             cluster=arguments.cluster,
             num_devices=arguments.num_devices,
         )
-        return profile_model(request)
-    except ValueError as error:
+        return profile_model(request, say)
+    except ValueError as error:  # of flags and configs; what goes wrong later, the ranks say themselves
         if first_to_say(str(error)):
             raise
         return 2
-    except OutOfMemoryError as error:
-        if first_to_say(str(error)):
-            print(f"flexsp profile: {error}", file=sys.stderr, flush=True)
-        leave(1)  # without the interpreter's own end, which may wait for ranks that are in a collective
+
+
+def say(text: str, status: int) -> None:
+    """How it ends where something goes wrong, in one line."""
+    print(f"flexsp profile: {text}", file=sys.stderr if status else sys.stdout, flush=True)
 
 
 def _degrees(text: str | None) -> list[int]:

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         lengths = sorted({parse_tokens(text.strip(), "--lengths") for text in arguments.lengths.split(",")})
     if arguments.plot is not None:
         save_figure(profile, arguments.plot)
-    console = Console()
+    console = Console(markup=False)
     _show_head(profile, console)
     _show_crossovers(profile, lengths, console)
     _show_costs(profile, lengths, console)

@@ -32,7 +32,7 @@ def show_run(path: str, picture: str | None) -> int:
     rows = read_run(path)
     if picture is not None:
         save_run(rows, str(path), picture)
-    console = Console()
+    console = Console(markup=False)
     for what, text in lines(summary(rows, len(rows))):
         console.print(Text(f"{what}: {text}"), soft_wrap=True)
     found = shapes(rows.values())

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     taken = [*names, *([] if BASELINE in planners else [BASELINE])]
     if clash := next((one.planner for one in replayed if taken.count(one.planner) > 1), None):
         raise ValueError(f"--plan: {clash!r} is the name of two plans, or of a planner that runs too; rename the file")
-    if arguments.output:
+    if arguments.output is not None:
         prepare_output(Path(arguments.output))
     done, interrupted = _simulated(arguments, cases, planners)
     return _say(arguments, cases, [*replayed, *done], names, interrupted)
@@ -213,7 +213,7 @@ def _simulated(arguments: argparse.Namespace, cases: list[Case], planners: list[
     total = sum(len(jobs(case, planners, {})) for case in cases) * iterations
     done: list[Done] = []
     columns = (TextColumn("planning"), BarColumn(), MofNCompleteColumn(), TextColumn("plans"), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         running = simulate(cases, planners, iterations, options=options, workers=arguments.workers)
@@ -231,7 +231,7 @@ def _say(
     arguments: argparse.Namespace, cases: list[Case], done: list[Done], names: list[str], interrupted: bool
 ) -> int:
     """Prints and writes the figures of whole steps; the exit status."""
-    console = Console()
+    console = Console(markup=False)
     results: list[Result] = []
     refused: list[str] = []
     for c, case in enumerate(cases):
@@ -252,7 +252,7 @@ def _say(
         show_legend(console)
     if len(results) > 1:
         show_sweep([each.figures for each in results], console)
-    if arguments.output and results:
+    if arguments.output is not None and results:
         say(console, f"report: {write_output(Path(arguments.output), results)}")
     return 130 if interrupted else 0
 

@@ -8,32 +8,39 @@ from flexsp.estimate.shape import FP32_BYTES, POLICIES, ModelShape
 from flexsp.loss_chunks import LOGIT_BYTES, chunk_tokens
 from flexsp.profile import Policy
 
-STATE_BYTES = 16
-"""Of one parameter, all in fp32: weight, gradient and Adam's two moments."""
+STATES = 4
+"""Numbers of one parameter, all in the type that weights are kept in: weight, gradient and Adam's two moments."""
 GATHERED_LAYERS = 2
 """Layers whose parameters are on every device at once: the one in work and the one fetched ahead."""
 POLICY_TOKENS = 32 * 1024
 """The length of sequences at which the policies' compute_factor holds: they are for long ones."""
 
 
-def model_state_bytes(shape: ModelShape, num_devices: int, dtype: str, zero_stage: int) -> tuple[float, float]:
+def model_state_bytes(
+    shape: ModelShape, num_devices: int, dtype: str, zero_stage: int = 3, weight_bytes: int = FP32_BYTES
+) -> tuple[float, float]:
     """Bytes on a device: its share of the model states, and what it holds whole.
 
-    ZeRO-3 as FSDP2 does it: fp32 shards; whole are two layers, the gradient of one (as computed, and in fp32 on its way
-    to the others), embedding and head, which stay gathered through forward and backward, and the head's gradient, which
-    waits for the end of the backward. ZeRO-1 and ZeRO-2 after
+    ZeRO-3 as FSDP2 does it, on one device too: shards in the type that weights are kept in; whole are two layers, the
+    gradient of one (as computed, and in fp32 on its way to the others), embedding and head, which stay gathered through
+    forward and backward, and the head's gradient, which waits for the end of the backward. ZeRO-1 and ZeRO-2 after
     arXiv 1910.02054, section 5: a whole copy of the weights and, in ZeRO-1, of the gradients, in the compute dtype.
+
+    Args:
+        shape: the model.
+        num_devices: over which it is sharded.
+        dtype: what it computes in.
+        zero_stage: what is sharded.
+        weight_bytes: of a parameter as it is kept.
     """
     itemsize, parameters = DTYPES[dtype], shape.num_parameters
     if zero_stage == 3:
-        if num_devices == 1 and dtype == "float32":
-            return STATE_BYTES * parameters, 0  # the one shard is the whole, and no copy is made
         root = shape.embedding_parameters + shape.head_parameters + shape.final_parameters
         layer = shape.layer_parameters
         head = shape.vocab_size * shape.hidden_size
         whole = itemsize * (root + head + GATHERED_LAYERS * layer) + (itemsize + FP32_BYTES) * layer
-        return STATE_BYTES * parameters / num_devices, whole
-    master = 3 * FP32_BYTES if itemsize < FP32_BYTES else 2 * FP32_BYTES  # moments, and weights where they are not fp32
+        return STATES * weight_bytes * parameters / num_devices, whole
+    master = (3 if itemsize < weight_bytes else 2) * weight_bytes  # moments, and weights where the copy is of less
     if zero_stage == 2:
         return (master + itemsize) * parameters / num_devices, itemsize * parameters
     return master * parameters / num_devices, 2 * itemsize * parameters

@@ -23,6 +23,7 @@ def estimate_profile(
     num_devices: int | None = None,
     sp_degrees: Sequence[int] | None = None,
     dtype: str = "bfloat16",
+    weights: str = "float32",
     memory_fraction: float = 0.9,
     zero_stage: int = 3,
     reduce_dtype: str = "float32",
@@ -37,6 +38,7 @@ def estimate_profile(
         sp_degrees: the degrees of plans; by default the powers of two. Any degree will do: what the heads do not
             divide, or what is sooner so, splits into heads x context, and `layouts` of the profile says how.
         dtype: what the model computes in.
+        weights: what weights, gradients and optimizer states are kept in.
         memory_fraction: of a device's memory that a plan may fill.
         zero_stage: what is sharded over all devices; 3 is what the executor does.
         reduce_dtype: what gradients are reduced in; float32 is what the executor does.
@@ -45,7 +47,7 @@ def estimate_profile(
     Raises:
         ValueError: an argument is out of range, or the model does not fit; the message says what would make it fit.
     """
-    for name, value in (("dtype", dtype), ("reduce_dtype", reduce_dtype)):
+    for name, value in (("dtype", dtype), ("weights", weights), ("reduce_dtype", reduce_dtype)):
         if value not in DTYPES:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(DTYPES)}")
     if zero_stage not in ZERO_STAGES:
@@ -57,11 +59,11 @@ def estimate_profile(
     cluster = cluster.with_devices(cluster.num_devices if num_devices is None else num_devices)
     degrees = _degrees(cluster.num_devices, sp_degrees)
     per_micro_batch_s, per_step_s = seconds.parameter_traffic_s(shape, cluster, dtype, zero_stage, reduce_dtype)
-    room = _memory(shape, cluster, dtype, zero_stage, memory_fraction)
+    room = _memory(shape, cluster, dtype, weights, zero_stage, memory_fraction)
     rank_tokens = (room.memory_bytes - room.model_state_bytes) / room.activation_bytes_per_token
     tried = {d: splits.splits_of(shape, cluster, d, dtype, rank_tokens) for d in degrees if d > 1}
     chosen = {d: splits.soonest(each) for d, each in tried.items()}
-    provenance = _provenance(shape, cluster, dtype, memory_fraction, zero_stage, reduce_dtype, date)
+    provenance = _provenance(shape, cluster, dtype, weights, memory_fraction, zero_stage, reduce_dtype, date)
     return Profile(
         name=f"{shape.name} on {cluster.num_devices} x {cluster.device}",
         num_devices=cluster.num_devices,
@@ -79,7 +81,7 @@ def estimate_profile(
         ),
         memory=room,
         layouts={d: split.layout for d, split in chosen.items() if split.layout.ring > 1},
-        optimizer_s=seconds.optimizer_s(shape, cluster, per_step_s),
+        optimizer_s=seconds.optimizer_s(shape, cluster, per_step_s, DTYPES[weights]),
         provenance=splits.explained(provenance, tried, chosen),
     )
 
@@ -96,8 +98,10 @@ def _degrees(num_devices: int, sp_degrees: Sequence[int] | None) -> tuple[int, .
     return tuple(sorted(set(sp_degrees)))
 
 
-def _memory(shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float) -> Memory:
-    share, whole = _held_bytes(shape, cluster, dtype, zero_stage, memory_fraction)
+def _memory(
+    shape: ModelShape, cluster: Cluster, dtype: str, weights: str, zero_stage: int, memory_fraction: float
+) -> Memory:
+    share, whole = _held_bytes(shape, cluster, dtype, weights, zero_stage, memory_fraction)
     return Memory(
         memory_bytes=math.floor(cluster.memory_bytes * memory_fraction),
         model_state_bytes=math.ceil(share + whole),
@@ -108,7 +112,7 @@ def _memory(shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, me
 
 
 def _held_bytes(
-    shape: ModelShape, cluster: Cluster, dtype: str, zero_stage: int, memory_fraction: float
+    shape: ModelShape, cluster: Cluster, dtype: str, weights: str, zero_stage: int, memory_fraction: float
 ) -> tuple[float, float]:
     """What a device holds whatever its tokens: its share of the model states, and what it holds whole, with a chunk of
     the loss.
@@ -116,7 +120,7 @@ def _held_bytes(
     Raises:
         ValueError: it leaves no room for the activations of a token.
     """
-    share, whole = memory.model_state_bytes(shape, cluster.num_devices, dtype, zero_stage)
+    share, whole = memory.model_state_bytes(shape, cluster.num_devices, dtype, zero_stage, DTYPES[weights])
     room = cluster.memory_bytes * memory_fraction
     least_room = memory.least_room_bytes(shape, dtype)
     if share + whole + least_room <= room:
@@ -144,6 +148,7 @@ def _provenance(
     shape: ModelShape,
     cluster: Cluster,
     dtype: str,
+    weights: str,
     memory_fraction: float,
     zero_stage: int,
     reduce_dtype: str,
@@ -162,6 +167,7 @@ def _provenance(
         **({"date": date} if date else {}),
         "versions": {"flexsp": flexsp.__version__},
         "dtype": dtype,
+        "weights": weights,
         "assumptions": [
             *shape.assumptions,
             "nothing was run; shares of the peak and of the links are those of the cluster file",
@@ -184,20 +190,22 @@ def _provenance(
             f"{cluster.exchange_copies:g} copies through device memory; repeated KV heads counted in",
             "all_to_all.latency_s": f"{seconds.EXCHANGES_PER_LAYER} all-to-alls a layer",
             "memory.memory_bytes": f"{memory_fraction:g} of the device's memory",
-            "memory.model_state_bytes": _state_field(zero_stage, dtype),
+            "memory.model_state_bytes": _state_field(zero_stage, dtype, weights),
             "memory.unsharded_bytes": "of model_state_bytes, all but what is sharded over the devices",
             "memory.activation_bytes_per_token": "what each layer keeps for its backward (after arXiv 2205.05198)",
             "memory.policies": "selective: norms and MLP computed again; full: whole layers computed again; "
             "offload: activations to the host and back",
-            "optimizer_s": f"{seconds.OPTIMIZER_PASSES} fp32 numbers of each parameter of the share through memory",
+            "optimizer_s": f"{seconds.OPTIMIZER_PASSES} numbers in {weights} of each parameter of the share through "
+            "memory",
         },
     }
 
 
-def _state_field(zero_stage: int, dtype: str) -> str:
+def _state_field(zero_stage: int, dtype: str, weights: str) -> str:
     states = f"weights whole in {dtype}, optimizer states over all devices (ZeRO-{zero_stage})"
     if zero_stage == 3:
-        states = f"{memory.STATE_BYTES} bytes a parameter over all devices, what is gathered whole in {dtype} (ZeRO-3)"
+        each = memory.STATES * DTYPES[weights]
+        states = f"{each} bytes a parameter over all devices, what is gathered whole in {dtype} (ZeRO-3)"
     return f"{states}, and a chunk of the loss, or what it holds of the most tokens that fit"
 
 

@@ -15,7 +15,8 @@ from flexsp.estimate.shape import FP32_BYTES, ModelShape
 EXCHANGES_PER_LAYER = 4
 """All-to-alls of one layer: q, k, v in one and the output in one, forward, and the same backward."""
 OPTIMIZER_PASSES = 7
-"""fp32 numbers per parameter that Adam moves: weight, gradient and moments read, weight and moments written."""
+"""Numbers per parameter that Adam moves, in the type that weights are kept in: weight, gradient and moments read,
+weight and moments written."""
 
 
 def quadratic_s(shape: ModelShape, cluster: Cluster, dtype: str) -> float:
@@ -78,9 +79,9 @@ def parameter_traffic_s(
     return cluster.gather_exposed * per_micro_batch, per_step
 
 
-def optimizer_s(shape: ModelShape, cluster: Cluster, per_step_s: float) -> float:
+def optimizer_s(shape: ModelShape, cluster: Cluster, per_step_s: float, weight_bytes: int = FP32_BYTES) -> float:
     """Seconds of Adam on this device's share of the parameters, and of what is gathered once a step."""
-    moved_bytes = OPTIMIZER_PASSES * FP32_BYTES * shape.num_parameters / cluster.num_devices
+    moved_bytes = OPTIMIZER_PASSES * weight_bytes * shape.num_parameters / cluster.num_devices
     return moved_bytes / cluster.memory_bytes_per_s + per_step_s
 
 

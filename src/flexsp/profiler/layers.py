@@ -122,7 +122,11 @@ def measure_layers(
     layers = 1 if first.part.whole else shape.num_layers
     measured = Measured(
         config=config,
+        num_parameters=shape.num_parameters,
         dtype=dtype,
+        weights_dtype=weights_dtype,
+        probe_tokens=probe_tokens,
+        kernels=first.kernels,
         readings=[reading for each in done for reading in each.readings],
         fit=fit,
         splits=first.splits,
@@ -135,19 +139,22 @@ def measure_layers(
         activation_bytes_per_token=per_token,
         degree_factor=first.degree_factor,
         residual_bytes=residual_bytes,
+        peaks=[(each.part, each.peaks.peaks) for each in done],
         policies=policies_by_parts(
             [each.policies for each in done],
             lambda values: _by_difference(done, values, shape),
             fit.for_layers(layers).mix_s,
         ),
         notes={
+            "shard_layers": shard_layers,
+            "activation_checkpointing": activation_checkpointing,
             "assumptions": []
             if first.part.whole
             else [
                 f"measured on {', '.join(str(each.part.layers) for each in done)} layers with vocabularies of "
                 f"{', '.join(str(round(each.part.head * shape.vocab_size)) for each in done)}, put together for "
                 f"{shape.num_layers} layers and {shape.vocab_size}; all layers alike"
-            ]
+            ],
         },
     )
     return from_first_rank(lambda: make_profile(measured, sp_degrees, device, limit, began), groups)
@@ -167,6 +174,7 @@ class _PartDone:
     degree_factor: float
     policies: Mapping[str, PolicyReading]
     shard_bytes: int
+    kernels: frozenset[str]
 
 
 def _run_part(
@@ -203,6 +211,7 @@ def _run_part(
         degree_factor=degree_factor(probe, tokens, degrees) if first and room_bytes is not None else 1.0,
         policies=read_policies(probe, policies, tokens, peaks_of, track, timed=not full_head),
         shard_bytes=shard_bytes(probe.model),
+        kernels=frozenset(probe.kernels),
     )
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ import flexsp
 from flexsp.profile import AllToAll, Compute, Memory, Policy, Profile
 from flexsp.profiler.fit import Fit
 from flexsp.profiler.memory import LEAST_MARGIN, memory_limit
+from flexsp.profiler.points import Part
 from flexsp.profiler.probe import Reading
 from flexsp.profiler.splits import Splits
 
@@ -30,8 +31,15 @@ class Measured:
     """All that was measured, before it becomes a profile. Bytes are of one rank of the whole model."""
 
     config: PreTrainedConfig
+    num_parameters: int
     dtype: torch.dtype
     """What is computed in."""
+    weights_dtype: torch.dtype
+    """What weights are kept in."""
+    probe_tokens: int
+    """Of a rank in the largest row of degree 1 that was timed."""
+    kernels: Collection[str]
+    """Attention's."""
     readings: list[Reading]
     fit: Fit
     splits: Splits
@@ -50,6 +58,8 @@ class Measured:
     degree_factor: float
     """How much more a token takes at the degree that holds most."""
     residual_bytes: float
+    peaks: Sequence[tuple[Part, Sequence[tuple[int, int]]]]
+    """By part, (tokens, bytes) of the rows whose peaks were taken, of this rank."""
     policies: Mapping[str, Policy] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the provenance."""
@@ -95,7 +105,8 @@ def make_profile(
     residuals = measured.fit.residuals()
     splits_s = measured.splits.seconds
     return Profile(
-        name=f"{measured.config.model_type} on {world_size} x {device_name(device)}",
+        name=f"{measured.config.model_type} of {_size(measured.num_parameters)} parameters on {world_size} x "
+        f"{device_name(device)}",
         num_devices=world_size,
         devices_per_node=min(per_node, world_size),
         sp_degrees=tuple(degrees),
@@ -122,12 +133,12 @@ def make_profile(
             "source": "measured",
             "device": device_name(device),
             "date": datetime.date.today().isoformat(),
-            "versions": {
-                "flexsp": flexsp.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": _versions(device),
+            "num_parameters": measured.num_parameters,
+            "dtype": _dtype_name(measured.dtype),
+            "weights": _dtype_name(measured.weights_dtype),
+            "attention": sorted(measured.kernels),
+            "probe_tokens": measured.probe_tokens,
             "memory_limit": said,
             **artificial,
             "margin_bytes": int(margin_bytes),
@@ -144,6 +155,11 @@ def make_profile(
             "exchange_bytes_per_s": {str(d): dict(by) for d, by in measured.exchange_bytes_per_s.items()},
             **({"splits_s": {str(d): dict(by) for d, by in splits_s.items()}} if splits_s else {}),
             **measured.notes,
+            "peaks": [
+                {"layers": part.layers, "head": part.head, "tokens": tokens, "bytes": peak}
+                for part, peaks in measured.peaks
+                for tokens, peak in peaks
+            ],
             "points": [
                 {
                     "layers": r.part.layers, "head": r.part.head, "degree": r.point.degree,
@@ -154,6 +170,32 @@ def make_profile(
             ],
         },
     )  # fmt: skip
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    found = {
+        "flexsp": flexsp.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+        if torch.distributed.is_nccl_available():
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _size(number: int) -> str:
+    """8.03B, 12.4M, 3,200."""
+    for unit, of in (("B", 1e9), ("M", 1e6)):
+        if number >= of:
+            return f"{number / of:.3g}{unit}"
+    return f"{number:,}"
 
 
 def ranks_per_node() -> int:

@@ -94,7 +94,11 @@ def measure_profile(
     shard = shard_bytes(model)
     measured = Measured(
         config=model.config,
+        num_parameters=sum(p.numel() for p in model.parameters()),
         dtype=dtype,
+        weights_dtype=next(model.parameters()).dtype,
+        probe_tokens=tokens,
+        kernels=probe.kernels,
         readings=readings,
         fit=fit,
         splits=splits,
@@ -106,6 +110,7 @@ def measure_profile(
         unsharded_bytes=max(0.0, at_rest - 2 * shard),  # parameters and gradients are at rest too
         activation_bytes_per_token=peaks.bytes_per_token,
         residual_bytes=max(peaks.residual_bytes, residual_bytes([under])),
+        peaks=[(probe.part, peaks.peaks)],
         policies=whole_policies(under),
         degree_factor=factor,
     )
@@ -160,6 +165,7 @@ def measured_peaks(probe: Probe, tokens: int, room_bytes: float | None) -> PeakF
         bytes_per_token=probe.largest(own.bytes_per_token),
         at_rest_bytes=probe.largest(own.at_rest_bytes),
         residual_bytes=probe.largest(own.residual_bytes),
+        peaks=own.peaks,
     )
 
 

@@ -64,6 +64,8 @@ class PeakFit:
     """Held whatever the tokens: process, parameters, gradients, what is gathered."""
     residual_bytes: float
     """The most that a measured peak was above the line."""
+    peaks: tuple[tuple[int, int], ...] = ()
+    """(tokens, bytes) of each row."""
 
 
 def peak_fit(
@@ -88,7 +90,7 @@ def peak_fit(
     """
     meter = PeakMeter(device)
     run(sizes[0])  # kernels and libraries allocate workspaces at their first call
-    peaks: list[float] = []
+    peaks: list[int] = []
     line = np.zeros(2)
     meter.reset(trim=True)
     for at, size in enumerate(sizes):
@@ -110,6 +112,7 @@ def peak_fit(
         bytes_per_token=slope,
         at_rest_bytes=at_rest,
         residual_bytes=max(0.0, *(peak - at_rest - slope * size for peak, size in zip(peaks, measured, strict=True))),
+        peaks=tuple(zip(measured, peaks, strict=True)),
     )
 
 

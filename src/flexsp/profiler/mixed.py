@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from flexsp.estimate import Cluster
-from flexsp.profile import Profile
+from flexsp.profile import Profile, Table
 
 
 def other_device(device: str, cluster: Cluster) -> str | None:
@@ -34,7 +34,7 @@ def fill_from_estimate(measured: Profile, estimate: Profile, doubt: str | None =
 
     A device's own seconds and bytes stay measured. Degrees that were measured keep their exchange and how they split
     into heads x context, where their group lies in one node there too; other degrees, and the gathers of more devices,
-    are the estimate's.
+    are the estimate's. Where degree 1 has a measured table every degree gets one.
 
     Args:
         measured: of few devices, but with the model states and the optimizer's step of the cluster's number of them.
@@ -64,8 +64,8 @@ def fill_from_estimate(measured: Profile, estimate: Profile, doubt: str | None =
         memory=measured.memory,
         layouts={d: layouts[d] for d in sorted(layouts)},
         optimizer_s=measured.optimizer_s,
-        tables={d: table for d, table in measured.tables.items() if d == 1 or d in own},
     )
+    mixed = replace(mixed, tables=_tables(measured, mixed, own))
     return replace(
         mixed,
         provenance={
@@ -95,6 +95,26 @@ def fill_from_estimate(measured: Profile, estimate: Profile, doubt: str | None =
     )
 
 
+def _tables(measured: Profile, mixed: Profile, own: set[int]) -> dict[int, Table]:
+    """Tables of all degrees, or of none.
+
+    Beside a table of seconds above the formula's, a degree that has the formula alone would look too cheap. What was
+    not measured gets degree 1's seconds, shared by its ranks, and its exchange, the latency spread over a full row.
+    """
+    if 1 not in measured.tables:
+        return {}
+    kept = {d: table for d, table in measured.tables.items() if d == 1 or d in own}
+    alone = kept[1]
+
+    def shared(degree: int) -> Table:
+        exchange_s = mixed.exchange_s_per_token(degree) + mixed.latency_s(degree) / (degree * alone.lengths[-1])
+        return Table(
+            lengths=alone.lengths, seconds_per_token=tuple(s / degree + exchange_s for s in alone.seconds_per_token)
+        )
+
+    return {d: kept.get(d) or shared(d) for d in sorted({1, *mixed.sp_degrees})}
+
+
 def _fixed_s(measured: Profile, estimate: Profile) -> tuple[float, str]:
     """The fixed cost and where it is from: gathers over more devices, or other nodes, take no less than measured."""
     own_s, said_s = measured.compute.fixed_s, estimate.compute.fixed_s
@@ -116,13 +136,14 @@ def _memory_fields(measured: Profile, estimate: Profile) -> dict[str, str]:
     activations = f"measured at {_degrees(run)}"
     if others:
         activations += f", the most; not run at {_degrees(others)}, taken to hold no more a token"
-    share = f"measured on {_devices(measured)}, for a share of 1/{estimate.num_devices} of the parameters"
+    share = f"a share of 1/{estimate.num_devices} of the parameters"
+    held = f"what a rank held at rest beyond its share, measured on {_devices(measured)}"
     fields = {
         "memory.memory_bytes": "measured" if limit is None else f"measured, less a margin: {limit}",
-        "memory.model_state_bytes": share,
-        "memory.unsharded_bytes": f"measured on {_devices(measured)}: what a rank held at rest beyond its share",
+        "memory.model_state_bytes": f"counted: weights, gradients and Adam's moments of {share}; and {held}",
+        "memory.unsharded_bytes": f"{held}; of a model of which few layers were run, put together",
         "memory.activation_bytes_per_token": activations,
-        "optimizer_s": share,
+        "optimizer_s": f"measured on {_devices(measured)}, in proportion for {share}",
     }
     if artificial:
         fields["memory.memory_bytes"] = str(limit)
@@ -144,7 +165,8 @@ def _cluster_fields(mixed: Profile, estimate: Profile, own: set[int]) -> dict[st
         for d in degrees:
             fields[f"{field}.{d}"] = "measured" if d in own else f"estimated: {_why(estimate, field)}"
     fields["all_to_all.latency_s"] = "as the bandwidth of the same degree"
-    return {**fields, **{f"tables.{d}": "measured" for d in mixed.tables}}
+    shared = "estimated: the table of degree 1 shared by the ranks, and the exchange of the degree"
+    return {**fields, **{f"tables.{d}": "measured" if d == 1 or d in own else shared for d in mixed.tables}}
 
 
 def _devices(profile: Profile) -> str:

@@ -120,7 +120,7 @@ def needed_bytes(
 
     def held(part: Part, tokens: int) -> float:
         own = _shape_of(shape, part)
-        states, gathered = states_and_gathered(own, ranks, dtype, weight_bytes)
+        states, gathered = model_state_bytes(own, ranks, dtype, weight_bytes=weight_bytes)
         built = weight_bytes * (own.num_parameters + own.layer_parameters)  # a layer twice, on its way to its shards
         logits = LOGIT_BYTES * own.vocab_size * min(tokens, chunk_tokens(own.vocab_size))
         row = tokens * own.num_layers * layer_token_bytes(own, dtype) + logits
@@ -130,20 +130,6 @@ def needed_bytes(
         return max(built, running, states * 5 / 4 + gathered if part == parts[0] else 0.0)
 
     return int(max(held(parts[0], probe_tokens), held(parts[-1], min(probe_tokens, HEAD_TOKENS))))
-
-
-def states_and_gathered(shape: ModelShape, devices: int, dtype: str, weight_bytes: int) -> tuple[float, float]:
-    """Bytes of the model states on each of so many devices, and of what each has whole.
-
-    Args:
-        shape: of the model, or a part.
-        devices: over which it is sharded.
-        dtype: what is computed in.
-        weight_bytes: of a parameter as it is kept.
-    """
-    share, whole = model_state_bytes(shape, devices, dtype, 3)
-    no_copy = devices == 1 and DTYPES[dtype] == weight_bytes  # the one shard is what is computed with
-    return share * weight_bytes / FP32_BYTES, 0.0 if no_copy else whole
 
 
 def pinned_bytes(shape: ModelShape, probe_tokens: int, dtype: str) -> int:

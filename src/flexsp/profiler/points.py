@@ -21,6 +21,9 @@ SHARES = (1, 4, 16)
 """A full row holds so many sequences: from a long one to many short ones."""
 SHORTEST = 16
 """Tokens of the shortest sequences that are timed."""
+SHORT = 128
+"""Rows large enough to hold more than 16 sequences of so many tokens a rank are timed with more, too: a GPU's rows have
+thousands of short sequences, at which it is slower a token."""
 FULL_ROW = 64 * 1024
 """Tokens of a row that every degree fills, as far as its ranks hold as many. Beyond, a sequence's attention grows
 faster than the ranks that share it, see `row_tokens`."""
@@ -76,6 +79,12 @@ def row_tokens(tokens: int, degree: int) -> int:
     return min(tokens * degree, max(FULL_ROW, round(tokens * math.sqrt(degree))))
 
 
+def shares(tokens: int) -> list[int]:
+    """How many sequences full rows of `tokens` a rank are timed with."""
+    most = max(SHARES[-1], tokens // SHORT)
+    return [4**power for power in range(most.bit_length()) if 4**power <= most]
+
+
 def fit_points(tokens: int, degrees: Sequence[int]) -> list[Point]:
     """Mixes that tell the terms of the cost model apart; none above `tokens` a rank, none above `row_tokens`.
 
@@ -85,7 +94,7 @@ def fit_points(tokens: int, degrees: Sequence[int]) -> list[Point]:
     points = [Point(1, (1,), count=4)]
     for degree in degrees:
         row = row_tokens(tokens, degree)
-        for share in SHARES:
+        for share in shares(tokens):
             length = max(1, row // share)
             if length >= SHORTEST or share == 1:
                 points.append(Point(degree, (length,) * share))

@@ -64,24 +64,31 @@ class Probe:
         """How degrees split into heads x context; one that is not here trades heads alone."""
         self.world_size = dist.get_world_size()
         self.device = next(model.parameters()).device
+        self.kernels: set[str] = set()
+        """The attention kernels that timed rows used on this rank."""
 
     def times(self, mixes: Sequence[Mix]) -> list[float]:
         """Seconds of the slowest rank, of a round's repeats after a warm-up."""
         batch = self.batch(mixes)
-        timed_step(self.model, batch, self.groups)
+        self._timed(batch)
         taken: list[float] = []  # the same on all ranks, so that all stop alike
         while more_repeats(taken):
-            taken.append(timed_step(self.model, batch, self.groups))
+            taken.append(self._timed(batch))
         return taken
 
     def once(self, mixes: Sequence[Mix]) -> float:
         """Seconds of the slowest rank, without a warm-up."""
-        return timed_step(self.model, self.batch(mixes), self.groups)
+        return self._timed(self.batch(mixes))
 
     def run(self, tokens: int, degree: int = 1) -> None:
         """Forward and backward of rows of so many tokens a rank, in sequences of `ROW_LENGTH`, at a degree."""
         row = Point(degree, short_sequences(tokens * degree))
-        timed_step(self.model, self.batch(row.mixes(self.world_size)), self.groups)
+        self._timed(self.batch(row.mixes(self.world_size)))
+
+    def _timed(self, batch: PlannedBatch) -> float:
+        seconds, kernels = _step(self.model, batch, self.groups)
+        self.kernels |= kernels
+        return seconds
 
     def largest(self, own: float) -> float:
         """The largest of what the ranks say."""
@@ -168,10 +175,15 @@ def timed_step(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -
     Of the micro-batches alone, as predictions and the correction have it: what a step takes before, once for all of
     them (tokens that are made or read, the agreement of the ranks), is no part of a micro-batch's cost.
     """
+    return _step(model, batch, groups)[0]
+
+
+def _step(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool) -> tuple[float, frozenset[str]]:
+    """The same, and the attention kernels that this rank used."""
     model.zero_grad()
     result = forward_backward(model, batch, groups)
     model.zero_grad()
-    return largest_of_all(sum(each.elapsed_s for each in result.times), groups)
+    return largest_of_all(sum(each.elapsed_s for each in result.times), groups), result.kernels
 
 
 def _synchronize(device: torch.device) -> None:

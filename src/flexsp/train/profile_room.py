@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from flexsp.estimate import ModelShape
-from flexsp.estimate.memory import STATE_BYTES
+from flexsp.estimate.memory import STATES, model_state_bytes
 from flexsp.estimate.shape import FP32_BYTES
 from flexsp.parallel import GroupPool
 from flexsp.parallel.control import largest_of_all
@@ -20,7 +20,7 @@ from flexsp.parallel.policies import OFFLOAD
 from flexsp.profiler.make import ranks_per_node
 from flexsp.profiler.measure import PROBE_TOKENS
 from flexsp.profiler.memory import LEAST_MARGIN, held_now_bytes, memory_limit
-from flexsp.profiler.parts import needed_bytes, pinned_bytes, states_and_gathered
+from flexsp.profiler.parts import needed_bytes, pinned_bytes
 from flexsp.train.failures import PATIENCE_S
 from flexsp.train.out_of_memory import OutOfMemoryError, is_out_of_memory
 from flexsp.train.ranks import Board
@@ -70,13 +70,13 @@ class Room:
         Raises:
             ValueError: says what there is, what is needed, and what would help.
         """
-        share, whole = states_and_gathered(self.shape, devices, self.dtype, self.weight_bytes)
+        share, whole = model_state_bytes(self.shape, devices, self.dtype, weight_bytes=self.weight_bytes)
         beside = whole + self.before_bytes
         room = self.limit_bytes * (1.0 - LEAST_MARGIN[self.device.type])
         if share + beside < room:
             return
         ways = []
-        _, gathered = states_and_gathered(self.shape, 2, self.dtype, self.weight_bytes)
+        _, gathered = model_state_bytes(self.shape, 2, self.dtype, weight_bytes=self.weight_bytes)
         left = room - self.before_bytes - gathered
         if left > 0:
             least = math.floor(share * devices / left) + 1
@@ -84,9 +84,8 @@ class Room:
             ways += [] if for_cluster else [f"{least} ranks of as much memory"]
         if self.weight_bytes == FP32_BYTES and share / 2 + beside < room:
             ways.append("--weights bfloat16")
-        each = STATE_BYTES * self.weight_bytes // FP32_BYTES
         raise ValueError(
-            f"model states of {_gib(share + whole)} GiB a device ({each} bytes for each of "
+            f"model states of {_gib(share + whole)} GiB a device ({STATES * self.weight_bytes} bytes for each of "
             f"{self.shape.num_parameters:,} parameters, over num_devices={devices}, and {_gib(whole)} GiB gathered) do "
             f"not fit into {_gib(room - self.before_bytes)} GiB ({self.said}, less a margin"
             f"{' and the process' if self.before_bytes else ''}); use {', or '.join([*ways, 'devices of more memory'])}"
@@ -159,7 +158,7 @@ def saying_where_memory_ran_out(tokens: int) -> Iterator[None]:
             said = board.wait("profile/said", PATIENCE_S)
             if said is None:
                 raise
-        raise OutOfMemoryError(said) from error
+        raise OutOfMemoryError(said) from None  # the words say all
 
 
 def _gib(size: float) -> str:

@@ -40,7 +40,7 @@ def joined_ranks(timeout_s: float) -> Iterator[torch.device]:
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
     try:
         yield device
-    except ValueError:  # bad input, which all ranks find alike
+    except (ValueError, SystemExit):  # bad input, which all ranks find alike; the end of a rank alone
         dist.destroy_process_group()
         raise
     # After another error nothing is torn down: other ranks may be in a collective, the word on the error would wait for
