@@ -407,3 +407,36 @@ def writer_stalls() -> None:
         return honest(*arguments)
 
     safe_load.write_digests = struck
+
+
+def has_no_finite_gradient() -> None:
+    at_forward(lambda loss: loss.register_hook(lambda gradient: gradient * float("nan")))
+
+
+def has_no_finite_gradient_from_there_on() -> None:
+    from flexsp.train import loop
+
+    honest = loop.forward_backward
+
+    def struck(model, batch, groups):
+        result = honest(model, batch, groups)
+        if batch.step >= STEP and here():
+            next(model.parameters()).grad.mul_(float("inf"))
+        return result
+
+    loop.forward_backward = struck
+
+
+def sees_another_folder() -> None:
+    """As a node does on which run.dir is a folder of its own."""
+    from flexsp.train import run
+
+    honest = run.held_folder
+
+    def struck(*arguments):
+        if here():
+            os.makedirs("another-node", exist_ok=True)
+            os.chdir("another-node")
+        return honest(*arguments)
+
+    run.held_folder = struck

@@ -9,6 +9,7 @@ import random
 import sys
 import sysconfig
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import pytest
 import flexsp.data.corpus
 from flexsp.data import DataOptions, Overlong, TokenStore, apply_context_limit, open_corpus
 from flexsp.data.held_out import hold_out
+from flexsp.data.packing import IGNORE_INDEX
+from flexsp.data.sequences import without_unlabelled
 
 
 @pytest.fixture
@@ -93,6 +96,27 @@ def test_pieces_of_a_split_document_read_as_its_parts(corpus):
     assert labels.tolist() == [*b"567", -100]
     tokens, labels = split.read(2, 1, 3)
     assert (tokens.tolist(), labels.tolist()) == (list(b"56"), list(b"67"))
+
+
+def test_pieces_of_which_no_label_counts_are_left_out(tmp_path, opened):
+    labels = [-100] * 9 + [1, 2, -100, 3]  # pieces of 4: none, none, one of its own first token alone, the last
+    rows = [{"input_ids": list(range(13)), "labels": labels}, {"input_ids": [5, 6], "labels": [-100, 6]}]
+    path = tmp_path / "masked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = opened(path)
+    split, _ = apply_context_limit(corpus, 4, Overlong.SPLIT)
+    left, number = without_unlabelled(split)
+    assert list(zip(left.documents, left.offsets, left.lengths, strict=True)) == [(0, 8, 4), (1, 0, 2)]
+    assert number == 3  # of the last piece, one token, no label is left once they are shifted
+    for sequence, length in enumerate(left.lengths):
+        assert (left.read(sequence, 0, int(length))[1] != IGNORE_INDEX).any()
+    trained, held = hold_out(corpus, 1, seed=0)
+    for part in (trained, held):  # by its own count of documents
+        pieces, _ = without_unlabelled(apply_context_limit(part, 4, Overlong.SPLIT)[0])
+        assert len(pieces.lengths) == 1
+    with pytest.raises(ValueError, match="no piece of a split document has a label that counts; raise max_length"):
+        only = apply_context_limit(opened(path), 2, Overlong.SPLIT)[0]
+        without_unlabelled(replace(only, **{k: getattr(only, k)[:2] for k in ("documents", "offsets", "lengths")}))
 
 
 def test_an_empty_corpus_is_refused(tmp_path, opened):

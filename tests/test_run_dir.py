@@ -53,9 +53,18 @@ def test_a_second_start_waits_then_ends_in_one_line_and_one_after_a_kill_goes_on
     assert len(again) <= 1  # where it went on
 
 
+def test_a_folder_that_not_all_ranks_see_is_refused_before_anything_is_trained(folder, launcher):
+    ended = launcher.run("sees_another_folder", "--run.dir", "apart")
+    assert ended.statuses == [2, 2] and ended.said == [
+        "run.dir='apart' is another folder on rank 1: checkpoints need one that all nodes see; give a folder on a file "
+        "system that they share"
+    ]
+    assert [path.name for path in (folder / "apart").iterdir()] == [LOCK]
+
+
 def test_without_locks_a_run_goes_on_with_a_warning(launcher):
     ended = launcher.run("no_locks")
-    assert ended.statuses == [0, 0]
+    assert ended.statuses == [0, 0], ended.err
     assert "run.dir: out-no_locks cannot be locked (No locks available): start no other run in it" in ended.out
 
 

@@ -122,6 +122,11 @@ class TokenStore:
         found = np.array(tokens[begin + start : begin + stop], dtype=np.int64)
         return found, found if labels is tokens else np.array(labels[begin + start : begin + stop], dtype=np.int64)
 
+    def have_own_labels(self, documents: IntArray) -> npt.NDArray[np.bool_]:
+        """(n,) of (n,) documents, whether some label of its shard is not the token itself: masked, say."""
+        own = np.array([shard.label_type is not None for shard in self._shards], dtype=bool)
+        return own[np.searchsorted(self._firsts, documents, side="right") - 1]
+
     def describe(self, document: int) -> str:
         """A name for errors: file, or file and row."""
         index, within = self._place(document)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from flexsp.data.corpus import Corpus, TokenStore
 from flexsp.data.packing import IntArray
@@ -34,6 +35,11 @@ class Documents:
 
     def read(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
         return self.whole.read(int(self.documents[document]), start, stop)
+
+    def have_own_labels(self, documents: IntArray) -> npt.NDArray[np.bool_]:
+        if isinstance(self.whole, TokenStore):
+            return self.whole.have_own_labels(self.documents[documents])
+        return np.zeros(len(documents), dtype=bool)
 
     def describe(self, document: int) -> str:
         return self.whole.describe(int(self.documents[document]))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flexsp.batches import Overlong, Touched, limit_lengths
-from flexsp.data.corpus import Corpus
+from flexsp.data.corpus import Corpus, TokenStore
+from flexsp.data.held_out import Documents
 from flexsp.data.packing import IGNORE_INDEX, IntArray
 from flexsp.lengths import LengthArray
 
@@ -33,6 +34,34 @@ class Sequences:
         if stop == length:
             shift_labels = np.append(shift_labels, IGNORE_INDEX)
         return tokens[: stop - start], shift_labels
+
+
+def without_unlabelled(sequences: Sequences) -> tuple[Sequences, int]:
+    """The sequences of which some label counts, and how many were left out.
+
+    Looked at are pieces of split documents of which some label is not the token itself: whole documents without a label
+    are no part of such a corpus.
+
+    Raises:
+        ValueError: none is left.
+    """
+    corpus, documents = sequences.corpus, sequences.documents
+    if not isinstance(corpus, TokenStore | Documents):
+        return sequences, 0
+    kept = np.ones(len(documents), dtype=bool)
+    pieces = np.flatnonzero(sequences.lengths < corpus.lengths[documents])
+    for piece in pieces[corpus.have_own_labels(documents[pieces])]:
+        _, labels = sequences.read(int(piece), 0, int(sequences.lengths[piece]))
+        kept[piece] = bool((labels != IGNORE_INDEX).any())
+    if not kept.any():
+        raise ValueError(f"{corpus.name}: no piece of a split document has a label that counts; raise max_length")
+    left = Sequences(
+        corpus=corpus,
+        documents=documents[kept],
+        offsets=sequences.offsets[kept],
+        lengths=sequences.lengths[kept],
+    )
+    return left, int((~kept).sum())
 
 
 def apply_context_limit(corpus: Corpus, max_length: int, overlong: Overlong) -> tuple[Sequences, Touched]:

@@ -17,6 +17,7 @@ from flexsp.data import Corpus, Overlong, Sequences, TokenStore, apply_context_l
 from flexsp.data.held_out import Documents
 from flexsp.data.options import SKIP
 from flexsp.data.rows import NOT_BROKEN, Reason
+from flexsp.data.sequences import without_unlabelled
 from flexsp.parallel import GroupPool, check_degrees, default_layouts, powers_of_two, prepare_model
 from flexsp.parallel.model import make_mesh
 from flexsp.parallel.policies import policies_of
@@ -97,6 +98,7 @@ def build_sequences(config: Config, corpus: Corpus, held_out: bool = False) -> S
     if config.data.held_out:
         corpus = hold_out(corpus, config.data.held_out, config.train.seed)[held_out]
     sequences, touched = apply_context_limit(corpus, config.data.max_length, Overlong(config.data.overlong))
+    sequences, unlabelled = without_unlabelled(sequences)
     log.info(
         "data: %s: %d documents, %s tokens, the longest %s; %d empty ones left out",
         corpus.name, len(corpus.lengths), f"{int(corpus.lengths.sum()):,}", f"{int(corpus.lengths.max()):,}",
@@ -108,6 +110,8 @@ def build_sequences(config: Config, corpus: Corpus, held_out: bool = False) -> S
         touched.documents, f"{touched.tokens:,}", config.data.max_length, fate, len(sequences.lengths),
         f"{int(sequences.lengths.sum()):,}",
     )  # fmt: skip
+    if unlabelled:
+        log.info("data: %d pieces of split documents left out: nothing would be learnt from them", unlabelled)
     return sequences
 
 

@@ -113,6 +113,9 @@ class TrainConfig:
     warmup_steps: int = 0
     grad_clip: float = 1.0
     """Global gradient norm to clip to; 0: none."""
+    on_not_finite: str = "error"
+    """What a step does whose loss or gradients are not finite. error: it ends the run, with the weights as they were;
+    skip: it is left out, with a warning, and ten in a row are an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +204,7 @@ CHOICES = {
     "data.on_empty": ("error", "skip"),
     "planner.fallback": ("", "batch-adaptive"),
     "train.optimizer": ("adamw", "adam", "sgd"),
+    "train.on_not_finite": ("error", "skip"),
 }
 LEAST = {
     "model.loss_chunk_tokens": 0,

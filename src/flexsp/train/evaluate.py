@@ -34,6 +34,7 @@ from flexsp.track import Track, silent
 from flexsp.train import build
 from flexsp.train.config import Config
 from flexsp.watch.rows import last_rows
+from flexsp.watch.summary import finite
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +240,7 @@ class Evaluation:
             "sequences": score.sequences,
             "eval_s": score.eval_s,
         }
+        row = finite(row)
 
         def write() -> str:
             try:

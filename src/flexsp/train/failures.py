@@ -45,6 +45,7 @@ from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
 from flexsp.train.checkpoint import CheckpointError
 from flexsp.train.leaving import leave, within
+from flexsp.train.not_finite import NotFiniteError
 from flexsp.train.out_of_memory import OutOfMemoryError
 from flexsp.train.ranks import LAUNCHER_ENDED, SIGTERM, Board, StopSignal
 from flexsp.train.roll_call import Kind, Place, Report, as_json, failed_collective, from_json, report, verdict
@@ -65,7 +66,7 @@ Say = Callable[[str, int], None]
 LONGEST = 400
 """Characters of an exception that are said; its traceback has all."""
 
-OF_ALL_RANKS = (CheckpointError, PlanMismatchError, PlannerError, RankError)
+OF_ALL_RANKS = (CheckpointError, NotFiniteError, PlanMismatchError, PlannerError, RankError)
 """Errors that ranks have agreed on; the message names step, rank and cause."""
 
 

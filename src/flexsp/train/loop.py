@@ -26,6 +26,7 @@ from flexsp.train.display import step_text
 from flexsp.train.evaluate import Evaluation
 from flexsp.train.failures import Guard
 from flexsp.train.learn import Learner
+from flexsp.train.not_finite import NotFinite, NotFiniteError
 from flexsp.train.optimizers import build_optimizer
 from flexsp.train.out_of_memory import HEADROOM, OutOfMemoryError, describe, is_out_of_memory
 from flexsp.train.resume import Start, check_order, say_versions
@@ -69,7 +70,7 @@ class Loop:
         origin = "" if self.start is None else self.start.origin
         checkpoints = Checkpoints(config, self.groups.control, self.data, self.loader.sequence_ids, origin)
         first_step = 0 if self.start is None else self._load(self.start, checkpoints, optimizer, schedule)
-        mixed = 0
+        mixed, not_finite = 0, NotFinite(config.train.on_not_finite)
         kernels: frozenset[str] = frozenset()
         throughput = Throughput(
             self.model, dist.get_world_size(), self.groups.device, config.model.dtype, config.watch.peak_tflops
@@ -84,7 +85,11 @@ class Loop:
                 place.at("preparing the first step")
             for batch, line in self.watch.display.track(self.loader, steps, "training", first_step):
                 self.watch.begin(batch.step)
-                metrics, result = self._guarded_step(batch, optimizer)
+                try:
+                    metrics, result = self._guarded_step(batch, optimizer, not_finite)
+                except NotFiniteError:  # on all ranks
+                    checkpoints.finish()  # what is being written is the one to go on from
+                    raise
                 if more := result.kernels - kernels:
                     kernels |= more
                     log.info("attention: computed by %s", ", ".join(sorted(more)))
@@ -171,15 +176,18 @@ class Loop:
             self.loader.update_profile(profile, replan=profile.capacity_tokens(1) < capacity_tokens)
         return learned
 
-    def _guarded_step(self, batch: PlannedBatch, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], StepResult]:
+    def _guarded_step(
+        self, batch: PlannedBatch, optimizer: torch.optim.Optimizer, not_finite: NotFinite
+    ) -> tuple[dict[str, Any], StepResult]:
         """
         Raises:
             OutOfMemoryError: memory ran out, on the first rank of which it did.
+            NotFiniteError: loss or gradients are not finite.
         """
         self.guard.place.at("forward and backward", batch.step, bounded=True)
         self.learner.watch()
         try:
-            return self._step(batch, optimizer)
+            return self._step(batch, optimizer, not_finite)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -187,7 +195,9 @@ class Loop:
             found = describe(batch, clock_of(self.model), self.learner.profile, num_layers)
             raise self._out_of_memory(*found) from None
 
-    def _step(self, batch: PlannedBatch, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], StepResult]:
+    def _step(
+        self, batch: PlannedBatch, optimizer: torch.optim.Optimizer, not_finite: NotFinite
+    ) -> tuple[dict[str, Any], StepResult]:
         """One optimizer step; returns its part of a line of metrics.jsonl, and what it computed."""
         began = time.perf_counter()
         result = forward_backward(self.model, batch, self.groups)
@@ -197,7 +207,10 @@ class Loop:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         lr = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
+        if why := not_finite.why_left_out(batch.step, result.loss, grad_norm):
+            log.log(logging.WARNING if dist.get_rank() == 0 else logging.INFO, why)  # the others' logs have it
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -221,6 +234,8 @@ class Loop:
         }
         if batch.fallback:
             metrics["fallback"] = True
+        if why:
+            metrics["skipped"] = True
         return metrics, result
 
     def _out_of_memory(self, said: str, raised: int, policy: str | None) -> RuntimeError:

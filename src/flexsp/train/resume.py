@@ -30,7 +30,7 @@ DAMAGED = ".damaged"
 
 DECIDES_WEIGHTS = ("model", "data", "train")
 """Sections that must be the same when a run goes on; plans, folders and times may differ."""
-PLACES = (
+MAY_CHANGE = (
     "data.cache_dir",
     "data.workers",
     "model.activation_checkpointing",
@@ -39,8 +39,9 @@ PLACES = (
     "model.replicate",
     "model.reshard_after_forward",
     "model.shard_layers",
+    "train.on_not_finite",
 )
-"""Keys of those sections that say where model and tokens lie, not what they are: other ranks may need others."""
+"""Keys of those sections that may change: where model and tokens lie, not what they are; what ends a run."""
 OF_ANY_RUN = ("model", "train.optimizer")
 """What must be the same where a run goes on from another run's checkpoint."""
 
@@ -296,7 +297,7 @@ def _changed(
         section, _, only = name.partition(".")
         before = {**usual[section], **jf.as_object(saved.get(section, {}), f"{where}.{section}")}
         for key, was, is_now in _differences(before, now[section], section):
-            if key not in PLACES and (not only or key == name):
+            if key not in MAY_CHANGE and (not only or key == name):
                 yield key, was, is_now
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -17,11 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+import torch.distributed as dist
+
 from flexsp import jsonfields as jf
 from flexsp.parallel import GroupPool
 from flexsp.parallel.control import from_first_rank
 from flexsp.train.config import Config
 from flexsp.train.digests import sync
+from flexsp.train.roll_call import ranks_text
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,48 @@ def held_folder(folder: Path, groups: GroupPool) -> Iterator[None]:
             _lock(file, folder)
 
         from_first_rank(hold, groups)
+        _check_shared(folder, groups)
         yield
+
+
+def _check_shared(folder: Path, groups: GroupPool) -> None:
+    """Whether all ranks see the folder that the first one made: what others wrote elsewhere no start would find.
+
+    Raises:
+        ValueError: on all ranks alike, where one does not.
+    """
+
+    def place() -> str:
+        name = f".shared.{secrets.token_hex(8)}"
+        try:
+            (folder / name).touch()
+        except OSError:  # a full disk is found, and said, where something is to be written
+            return ""
+        return name
+
+    name = from_first_rank(place, groups)
+    if not name:
+        return
+    seen: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(seen, _comes(folder / name), group=groups.control)
+    if dist.get_rank() == 0:
+        with suppress(OSError):
+            (folder / name).unlink()
+    if blind := [rank for rank, sees in enumerate(seen) if not sees]:
+        raise ValueError(
+            f"run.dir={str(folder)!r} is another folder on {ranks_text(blind)}: checkpoints need one that all nodes "
+            f"see; give a folder on a file system that they share"
+        )
+
+
+def _comes(path: Path) -> bool:
+    """Whether a file is there within a while: a file system of several machines may be late."""
+    until = time.monotonic() + PATIENCE_S
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _open(folder: Path) -> IO[str]:

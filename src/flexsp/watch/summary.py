@@ -15,8 +15,8 @@ Rows = Mapping[int, Mapping[str, Any]]
 
 KEYS = {
     "step", "loss", "eval_loss", "tokens", "tokens_per_s", "tflops_per_s", "mfu", "micro_batches", "predicted_s",
-    "micro_batch_s", "step_s", "plan_wait_s", "data_wait_s", "fallback", "idle_share", "unused_share", "gather_share",
-    "exchange_share", "peak_bytes", "predicted_peak_bytes", "communicators",
+    "micro_batch_s", "step_s", "plan_wait_s", "data_wait_s", "fallback", "skipped", "idle_share", "unused_share",
+    "gather_share", "exchange_share", "peak_bytes", "predicted_peak_bytes", "communicators",
 }  # fmt: skip
 """What a summary needs of a row."""
 MOST_MIXES = 3
@@ -51,6 +51,8 @@ def summary(rows: Rows, steps: int) -> dict[str, Any]:
             found[key] = share
     if values := _values(done, "fallback"):
         found["fallbacks"] = sum(1 for value in values if value)
+    if skipped := _values(done, "skipped"):
+        found["skipped"] = len(skipped)
     for key in ("peak_bytes", "predicted_peak_bytes", "communicators"):
         if values := _values(done, key):
             found[key] = max(values)
@@ -93,6 +95,8 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         said.append(("waited for", ", ".join(waits)))
     if found.get("fallbacks"):
         said.append(("fallbacks", f"{found['fallbacks']:,} step{'s' * (found['fallbacks'] > 1)}"))
+    if found.get("skipped"):
+        said.append(("left out", f"{found['skipped']:,} of the steps: loss or gradients were not finite"))
     if "peak_bytes" in found:
         predicted = f", predicted {_gib(found['predicted_peak_bytes'])}" if "predicted_peak_bytes" in found else ""
         said.append(("memory", f"{_gib(found['peak_bytes'])} a rank at the most{predicted}"))

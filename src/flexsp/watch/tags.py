@@ -14,6 +14,7 @@ FOLDERS = {
     "micro_batches": "plan",
     "communicators": "plan",
     "fallback": "plan",
+    "skipped": "train",
     "tokens_per_s": "speed",
     "model_flops": "speed",
     "tflops_per_s": "speed",
