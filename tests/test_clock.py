@@ -165,3 +165,21 @@ def test_work_that_nothing_ends_ends_with_the_micro_batch(monkeypatch):
     first, second = clock.read()
     assert first.busy_s == 20
     assert second.busy_s == 0
+
+
+def step_after_one_that_failed() -> None:
+    model, batch = prepare_model(build(small_config(), torch.float32)), make_batch([20, 9, 12], PLAN, 0, 0.0)
+    expected = forward_backward(model, batch, pool()).loss
+    model.zero_grad()
+    hook = model.model.layers[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError, match="no room"):
+        forward_backward(model, batch, pool())
+    hook.remove()
+    model.zero_grad()
+    result = forward_backward(model, batch, pool())
+    assert result.loss == expected and len(result.times) == len(PLAN.micro_batches)
+
+
+def test_a_step_that_failed_does_not_spoil_the_next_one(ranks):
+    """One's own loop may leave out a batch for which memory ran out."""
+    ranks(2).run(step_after_one_that_failed)

@@ -276,6 +276,22 @@ def test_weights_states_and_computation_have_the_types_they_are_given(ranks):
         assert all(each == found for each in others)
 
 
+def share_of_bfloat16(reduce: torch.dtype | None) -> float:
+    """Of all gradients, how many bfloat16 could hold: half of what each rank has is, their sum need not be."""
+    model = prepare_model(build(small_config(), torch.float32), param_dtype=torch.bfloat16, reduce_dtype=reduce)
+    once = plan((None, [([0, 1], [0, 1, 2]), ([2], [3, 4]), ([3], [5, 6, 7])]))  # micro-batches add up in float32
+    forward_backward(model, make_batch(LENGTHS, once, seed=0, masked=0.0), pool())
+    gradients = torch.cat([p.grad.to_local().flatten() for p in model.parameters()])
+    gradients = gradients[gradients != 0]
+    return (gradients == gradients.bfloat16().float()).float().mean().item()
+
+
+def test_gradients_are_reduced_in_the_type_that_is_given_and_in_float32_unless_one_is(ranks):
+    for reduce, exact in ((torch.bfloat16, True), (torch.float32, False), (None, False)):
+        for share in ranks(4).run(share_of_bfloat16, reduce):
+            assert (share == 1.0) == exact and (exact or share < 0.7), (reduce, share)
+
+
 def on_two_replicas(cases) -> None:
     check_equal(small_config(), torch.float64, cases, {"mesh": make_mesh(2), "loss_chunk_tokens": 7})
     with pytest.raises(ValueError, match=r"replicate=3 must divide world_size=4; choose one of 1, 2, 4"):

@@ -8,11 +8,12 @@ import torch.distributed as dist
 
 from equality_ranks import pool
 from flexsp.parallel import prepare_model
+from flexsp.parallel.needs import Attention
 from flexsp.profile import Layout
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
 from flexsp.profiler.make import exchange_bytes_per_token, exchange_columns
 from flexsp.profiler.memory import memory_limit
-from flexsp.profiler.splits import fastest
+from flexsp.profiler.splits import fastest, served
 from reference import build, small_config
 
 pytestmark = pytest.mark.alone
@@ -110,6 +111,27 @@ def test_the_fastest_split_is_taken_and_ulysses_where_it_is_as_fast():
     assert fastest(candidates, {"4x1": 1.0, "2x2": 0.9, "1x4": 0.95}) == candidates[1]
     assert fastest(candidates, {"4x1": 1.0, "2x2": 0.99, "1x4": 0.98}) == candidates[0]
     assert fastest(candidates[2:], {}) == candidates[2]  # there was no choice
+
+
+def with_dropout_in_attention() -> dict:
+    model = prepare_model(build(small_config(attention_dropout=0.1), torch.float32), exact=False)
+    return measure_profile(model, pool(), sp_degrees=[1, 2], max_tokens_per_rank=64).to_json()
+
+
+@pytest.mark.slow
+def test_splits_that_no_kernel_serves_are_not_measured(ranks):
+    """Attention with dropout runs in no ring."""
+    document = ranks(2).run(with_dropout_in_attention, timeout_s=120.0)[0]
+    assert document["sp_degrees"] == [1, 2] and not document.get("layouts")
+
+
+def test_a_degree_that_no_kernel_serves_is_named():
+    config = small_config(attention_dropout=0.1)
+    attention = Attention.of(config, "cpu", torch.float32, None)
+    both = [Layout(ulysses=2, ring=1), Layout(ulysses=1, ring=2)]
+    assert served(attention, both, 2) == both[:1]
+    with pytest.raises(ValueError, match=r"^sp_degree=2 cannot run: .*dropout.*; or leave the degree out of planner"):
+        served(attention, both[1:], 2)
 
 
 def heads_that_no_degree_divides() -> dict:

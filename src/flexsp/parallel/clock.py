@@ -105,6 +105,10 @@ class BusyClock(_Clock):
         self.layers_done = 0
         """Layers whose forward has ended in this micro-batch: how far it had got where memory ran out."""
 
+    def reset(self) -> None:
+        """A step begins; one before may have ended in an error."""
+        self._begins, self._busy, self._depth = [], [], 0
+
     def begin(self) -> None:
         """A micro-batch begins."""
         self._close()

@@ -106,6 +106,7 @@ def _run(model: PreTrainedModel, batch: PlannedBatch, groups: GroupPool, train: 
     total = torch.zeros((), dtype=torch.float64, device=_device(model))
     clock, policies = clock_of(model), policies_of(model)
     kernels: set[str] = set()
+    clock.reset()
     groups.clock.reset()
     for micro_batch in own:
         clock.begin()

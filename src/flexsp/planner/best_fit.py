@@ -49,6 +49,16 @@ def pack_one_degree(lengths: LengthArray, profile: Profile, degree: int) -> tupl
     return best
 
 
+def least_one_degree_s(lengths: LengthArray, profile: Profile, degree: int) -> float:
+    """A lower bound on what `pack_one_degree` reaches, without packing: all groups as busy as each other, all full."""
+    at_once = most_groups(degree, profile.num_devices, profile.devices_per_node)
+    tokens = lengths.astype(np.float64)
+    work_s = (profile.compute.quadratic_s * tokens + profile.compute.linear_s) * tokens / degree
+    seconds = float(work_s.sum() + tokens.sum() * profile.exchange_s_per_token(degree)) / at_once
+    fewest = -(-int(lengths.sum()) // (profile.capacity_tokens(degree) * at_once))
+    return seconds + fewest * (profile.compute.fixed_s + profile.latency_s(degree))
+
+
 def _best_fit(order: list[int], tokens: list[int], capacity: int) -> list[list[int]]:
     """Bins of sequences; each sequence goes where the least room is left after it."""
     bins: list[list[int]] = []
@@ -68,20 +78,25 @@ def _best_fit(order: list[int], tokens: list[int], capacity: int) -> list[list[i
 def _spread(
     order: list[int], tokens: list[int], seconds: list[float], capacity: int, num_bins: int
 ) -> list[list[int]] | None:
-    """`num_bins` bins (empty ones left out), each sequence to the least busy that has room; None where none has."""
+    """`num_bins` bins (empty ones left out), each sequence to the least busy that has room; None where none has.
+
+    Sequences only get shorter, so a bin without room waits until one comes that fits, and is not looked at before.
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     rooms = [capacity] * num_bins
     busy = [(0.0, b) for b in range(num_bins)]
+    waiting: list[tuple[int, float, int]] = []  # (-room, seconds, bin), the most room first
     for i in order:
-        full = []
+        while waiting and -waiting[0][0] >= tokens[i]:
+            _, busy_s, b = heapq.heappop(waiting)
+            heapq.heappush(busy, (busy_s, b))
         while busy and rooms[busy[0][1]] < tokens[i]:
-            full.append(heapq.heappop(busy))
+            busy_s, b = heapq.heappop(busy)
+            heapq.heappush(waiting, (-rooms[b], busy_s, b))
         if not busy:
             return None
         busy_s, b = busy[0]
         heapq.heapreplace(busy, (busy_s + seconds[i], b))
         bins[b].append(i)
         rooms[b] -= tokens[i]
-        for entry in full:
-            heapq.heappush(busy, entry)
     return [held for held in bins if held]

@@ -7,6 +7,8 @@
    in memory, take short ones. Degrees and how many groups of each come out of the filling: a sequence opens a group of
    the degree that is cheapest in device-seconds among those that meet the target. Do so for the most promising counts
    and for targets a few per cent larger.
+   Where sequences are long against a device's memory, groups of the least degree leave much of it empty: every degree
+   for all, as `batch-adaptive` packs it, is a start too, if it may be faster. So `flex` is never slower than that.
 4. Take the best two and divide the sequences of two micro-batches at a time anew, between other targets, while that
    gains (`search.divide_anew`).
 5. Halve groups that have time to spare (`loosen`): the same predicted time with less exchange.
@@ -18,18 +20,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flexsp.lengths import LengthArray
 from flexsp.planner.assemble import MicroBatchChoice, assemble, infeasible, too_long
+from flexsp.planner.best_fit import least_one_degree_s, pack_one_degree
 from flexsp.planner.by_tables import localized
 from flexsp.planner.degrees import usable_degrees
 from flexsp.planner.loosen import loosened
-from flexsp.planner.placement import few_layouts
+from flexsp.planner.placement import few_layouts, place
 from flexsp.planner.tables import Floats, Ints, Tables, policy_names, sorted_order, tables
 from flexsp.plans import Plan
 from flexsp.profile import Profile
@@ -62,6 +66,8 @@ FEW = 24
 """With at most so many sequences, every mode of filling is tried everywhere: it costs nothing."""
 
 
+OneDegree = tuple[int, float, list[list[Ints]]]
+"""A degree, seconds, and by micro-batch and group which sequences of the sorted batch it holds."""
 Target = tuple[float, Floats, Ints]
 """For a count of micro-batches: seconds of all with fixed costs, and of each one its seconds and mode."""
 
@@ -107,11 +113,21 @@ def _found(
     best: _Search | None = None
     for choice in _with_less_choice(profile, lengths):
         search = _Search(_tables(lengths, choice), deadline)
-        search.run(to_the_deadline=choice is profile)
+        search.run(partial(_of_one_degree, lengths, choice), to_the_deadline=choice is profile)
         if best is None or search.best_s < best.best_s:
             best = search
     assert best is not None
     return loosened(_choices(best, sorted_order(lengths), policies), lengths, profile)
+
+
+def _of_one_degree(lengths: LengthArray, profile: Profile, within_s: float) -> Iterator[OneDegree]:
+    """The packings of one degree for all that may take less than so many seconds."""
+    sorted_at = np.argsort(sorted_order(lengths))
+    for degree in usable_degrees(profile):
+        if profile.capacity_tokens(degree) >= lengths.max():
+            if least_one_degree_s(lengths, profile, degree) < within_s:
+                total_s, rounds = pack_one_degree(lengths, profile, degree)
+                yield degree, total_s, [[sorted_at[held] for _, held in groups] for groups in rounds]
 
 
 def _with_less_choice(profile: Profile, lengths: LengthArray) -> list[Profile]:
@@ -176,9 +192,17 @@ class _Search:
         self.plain = self.modes[self.modes % manners < (num_degrees if few else 1)]
         self.steps = -10 if few else STEPS
 
-    def run(self, to_the_deadline: bool) -> None:
+    def run(self, of_one_degree: Callable[[float], Iterator[OneDegree]], to_the_deadline: bool) -> None:
+        """
+        Args:
+            of_one_degree: packings of one degree that may take less than so many seconds.
+            to_the_deadline: whether to go on as long as there is time.
+        """
         targets = self._targets()
-        starts = sorted([*self._starts(targets), *self._fuller(targets)], key=lambda start: start[0])
+        starts = [*self._starts(targets), *self._fuller(targets)]
+        least_s = min((total_s for total_s, _ in starts), default=math.inf)
+        starts += [self._adopted(each) for each in of_one_degree(least_s) if each[1] < least_s]
+        starts.sort(key=lambda start: start[0])
         if not starts:
             starts = [self._greedy()]
         for total_s, solution in starts:
@@ -193,6 +217,27 @@ class _Search:
             for _, solution in starts:
                 self._improve(solution, 0, math.inf)
             self._shake(FEW_ROUNDS if few else 0, to_the_deadline)
+
+    def _adopted(self, packing: OneDegree) -> tuple[float, Solution]:
+        """A packing of one degree as a start; its way of filling is among those tried from now on."""
+        from flexsp.planner.search import empty_solution
+
+        t = self.t
+        degree, total_s, rounds = packing
+        k = int(np.flatnonzero(t.degrees == degree)[0])
+        self.plain = np.union1d(self.plain, [k])  # without a policy
+        solution = empty_solution(len(t.tokens), len(rounds))
+        solution.mode[:] = k
+        for m, groups in enumerate(rounds):
+            first = place([degree] * len(groups), t.num_devices, t.devices_per_node)
+            assert first is not None
+            for g, held in enumerate(groups):
+                solution.batch[held], solution.group[held] = m, self.space.first[k] + g
+                solution.start[held] = -1 if t.by_count else first[g]
+                tokens, work_s = t.tokens[held].sum(), t.work_s[held].sum()
+                group_s = float(work_s / degree + t.exchange_s[k] * tokens + t.latency_s[k])
+                solution.cost_s[m] = max(solution.cost_s[m], t.fixed_s + group_s)
+        return total_s, solution
 
     def _keep(self, total_s: float, solution: Solution) -> None:
         from flexsp.planner.search import copy_of

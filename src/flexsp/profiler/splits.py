@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flexsp.parallel import layouts_of
+from flexsp.parallel.model import attention_of
+from flexsp.parallel.needs import Attention
 from flexsp.profile import Layout
 from flexsp.profiler.points import Point, row_tokens
 from flexsp.profiler.probe import Probe
@@ -47,7 +49,7 @@ def measured_splits(probe: Probe, tokens: int, degrees: Sequence[int], track: Tr
     before = probe.layouts
     layouts, seconds = {}, {}
     for degree, say in track([d for d in degrees if d > 1], "choosing how degrees split"):
-        candidates = layouts_of(probe.model.config, degree)
+        candidates = served(attention_of(probe.model), layouts_of(probe.model.config, degree), degree)
         taken: dict[str, float] = {}
         if len(candidates) > 1:
             taken = {name_of(each): each_s for each, each_s in _timed(probe, tokens, degree, candidates)}
@@ -59,6 +61,25 @@ def measured_splits(probe: Probe, tokens: int, degrees: Sequence[int], track: Tr
         say(f"sp_degree {degree} runs as ulysses x ring = {name_of(chosen)}{said}")
     probe.layouts = before
     return Splits(layouts=layouts, seconds=seconds)
+
+
+def served(attention: Attention, layouts: Sequence[Layout], degree: int) -> list[Layout]:
+    """Those in which a kernel computes the model's attention.
+
+    Raises:
+        ValueError: in none.
+    """
+    found, why = [], ""
+    for layout in layouts:
+        try:
+            attention.check([layout])
+        except ValueError as error:
+            why = str(error)
+        else:
+            found.append(layout)
+    if not found:
+        raise ValueError(f"sp_degree={degree} cannot run: {why}; or leave the degree out of planner.sp_degrees")
+    return found
 
 
 def fastest(candidates: Sequence[Layout], seconds: Mapping[str, float]) -> Layout:
