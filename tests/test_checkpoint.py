@@ -249,6 +249,7 @@ def config_with(folder: Path, section: str, **changes):
         ("data", {"max_length": 128}, r"data.max_length=128 is not 256"),
         ("model", {"config": {**do.MODEL, "hidden_size": 32}}, r"model.config.hidden_size=32 is not 16"),
         ("model", {"config": {**do.MODEL, "more": 1}}, r"model.config.more=1 is not None"),
+        ("model", {"path": "x"}, r"model.path='x' is not '', with which"),
         ("checkpoint", {"resume": "never"}, r"resume='never', but run.dir=.* holds checkpoints, the last of step 1"),
         ("checkpoint", {"resume": "nowhere"}, r"resume='nowhere' must be 'auto', 'never' or the path of a checkpoint"),
     ],

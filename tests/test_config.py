@@ -24,6 +24,11 @@ def test_flags_override_keys(path):
     assert load_config(path).train.steps == 5
 
 
+def test_a_folder_s_config_may_be_changed(path):
+    config = load_config(path, ["--model.path", "x", "--model.config", "{}", "--model.config.rope_parameters.factor=4"])
+    assert (config.model.path, config.model.config) == ("x", {"rope_parameters": {"factor": 4}})
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -38,7 +43,7 @@ def test_flags_override_keys(path):
         (["--data.overlong", "cut"], r"data.overlong='cut' must be one of drop, split, error"),
         (["--planner.sp_degrees", "[1.5]"], r"planner.sp_degrees=\[1.5\] must be a list of integers"),
         (["--planner.memory_fraction", "2"], r"planner.memory_fraction=2.0 must be at most 1"),
-        (["--model.path", "x"], r"give exactly one of the two"),
+        (["--model.config", "{}"], r"model.path='' and model.config={}: there is no model; give a directory to start"),
         (["--train.steps.x", "1"], r"steps is no section"),
         (["--planner.timeout_s", "700"], r"planner.timeout_s=700 must be less than run.timeout_s=600, for which the"),
     ],

@@ -22,7 +22,8 @@ class ModelConfig:
     path: str = ""
     """A Hugging Face directory to start from; empty: build a new model from `config`."""
     config: dict[str, Any] = field(default_factory=dict)
-    """`model_type` and fields of a Hugging Face config; vocab_size must hold the corpus's tokens."""
+    """Without `path`: `model_type` and fields of a Hugging Face config; vocab_size must hold the corpus's tokens.
+    With `path`: fields that differ from the directory's config, tables field by field; all weights must still fit."""
     dtype: str = "float32"
     """What is computed in: float32 or bfloat16."""
     weights: str = "float32"
@@ -262,11 +263,10 @@ def parse_config(document: Mapping[str, Any], where: str = "config") -> Config:
             f"{where}: planner.timeout_s={config.planner.timeout_s:g} must be less than run.timeout_s="
             f"{config.run.timeout_s:g}, for which the other ranks wait; lower the one or raise the other"
         )
-    path, model = config.model.path, config.model.config
-    if bool(path) == bool(model):
+    if not (config.model.path or config.model.config):
         raise ValueError(
-            f"{where}: model.path={jf.short(path)} and model.config={jf.short(model)}: give exactly one of the two, a "
-            f"directory to start from or a config to build"
+            f"{where}: model.path='' and model.config={{}}: there is no model; give a directory to start from, a "
+            f"config to build, or a directory and what is to differ in its config"
         )
     if config.eval.every and not (config.data.held_out or config.eval.source):
         raise ValueError(
