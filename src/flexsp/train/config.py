@@ -123,7 +123,7 @@ class RunConfig:
     compare_batches: int = 0
     """Batches on which the planners are compared at the end; 0: no comparison."""
     save_model: bool = True
-    """Save a Hugging Face directory at the end."""
+    """Save a Hugging Face directory at the end, with the tokenizer where data.tokenizer or model.path has one."""
     transport: str = ""
     """How groups exchange: `groups`, a communicator for each set of ranks; `peers`, point-to-point on one communicator,
     for clusters where many communicators take too much memory; empty: by device."""
