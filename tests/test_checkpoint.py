@@ -80,6 +80,7 @@ TRAINS = {
     "constant": {"lr": 0.5, "lr_schedule": "constant", "weight_decay": 0.3, "optimizer_options": {"betas": [0.8, 0.9]}},
     "linear": {"lr": 0.2, "lr_schedule": "linear", "warmup_steps": 6},
     "cosine": {"lr": 0.4, "lr_schedule": "cosine"},
+    "min": {"lr": 0.4, "lr_schedule": "cosine_with_min_lr", "lr_schedule_options": {"min_lr_rate": 0.2}},
 }
 
 
@@ -246,6 +247,7 @@ def config_with(folder: Path, section: str, **changes):
     [
         ("train", {"lr": 0.2}, r"train.lr=0.2 is not 0.1, with which .*step-00000001 was made; restore it, or"),
         ("train", {"seed": 7}, r"train.seed=7 is not 0"),
+        ("train", {"lr_schedule_options": {"num_cycles": 2}}, r"train.lr_schedule_options.num_cycles=2 is not None"),
         ("data", {"max_length": 128}, r"data.max_length=128 is not 256"),
         ("model", {"config": {**do.MODEL, "hidden_size": 32}}, r"model.config.hidden_size=32 is not 16"),
         ("model", {"config": {**do.MODEL, "more": 1}}, r"model.config.more=1 is not None"),

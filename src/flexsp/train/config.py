@@ -111,7 +111,11 @@ class TrainConfig:
     weight_decay: float = 0.0
     lr_schedule: str = "cosine"
     """A schedule of transformers: constant_with_warmup, linear, cosine, ..."""
+    lr_schedule_options: dict[str, Any] = field(default_factory=dict)
+    """What the schedule takes beside warmup_steps and steps: min_lr or min_lr_rate of cosine_with_min_lr,
+    num_decay_steps of warmup_stable_decay, power of polynomial, ..."""
     warmup_steps: int = 0
+    """Of a rate that rises from 0; below steps."""
     grad_clip: float = 1.0
     """Global gradient norm to clip to; 0: none."""
 
@@ -267,6 +271,11 @@ def parse_config(document: Mapping[str, Any], where: str = "config") -> Config:
         raise ValueError(
             f"{where}: model.path='' and model.config={{}}: there is no model; give a directory to start from, a "
             f"config to build, or a directory and what is to differ in its config"
+        )
+    if config.train.warmup_steps and config.train.warmup_steps >= config.train.steps:
+        raise ValueError(
+            f"{where}: train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}, "
+            f"or the learning rate never reaches train.lr; lower the one or raise the other"
         )
     if config.eval.every and not (config.data.held_out or config.eval.source):
         raise ValueError(
