@@ -53,6 +53,7 @@ def test_a_folder_s_config_may_be_changed(path):
             ["--train.warmup_steps", "5"],
             r"train.warmup_steps=5 must be below train.steps=5, or the learning rate",
         ),
+        (["--train.decay", "norms"], r"train.decay='norms' must be one of all, matrices"),
         (["--planner.timeout_s", "700"], r"planner.timeout_s=700 must be less than run.timeout_s=600, for which the"),
     ],
 )
@@ -166,6 +167,7 @@ def test_what_an_optimizer_or_schedule_does_not_take_is_found_before_anything_sl
         ["--train.optimizer", "sgd", "--train.optimizer_options.momentum", "0.9", "--model.weights", "bfloat16"],
         ["--train.optimizer", "adam", "--train.optimizer_options.fused", "true", "--train.lr_schedule", "inverse_sqrt"],
         ["--train.steps", "1000000", "--train.warmup_steps", "999999"],
+        ["--train.decay", "matrices", "--train.weight_decay", "0.1", "--train.optimizer_options.foreach", "true"],
         MIN_LR,
         WSD,
     ],

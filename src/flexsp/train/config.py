@@ -109,6 +109,10 @@ class TrainConfig:
     """Arguments of the torch optimizer, e.g. betas."""
     lr: float = 1e-3
     weight_decay: float = 0.0
+    """Of the parameters that `decay` names."""
+    decay: str = "all"
+    """What weight_decay is for: all parameters; or matrices, those of two dimensions and more, without norms and biases
+    (but for biases of experts that are stacked in one parameter)."""
     lr_schedule: str = "cosine"
     """A schedule of transformers: constant_with_warmup, linear, cosine, ..."""
     lr_schedule_options: dict[str, Any] = field(default_factory=dict)
@@ -206,6 +210,7 @@ CHOICES = {
     "data.on_empty": ("error", "skip"),
     "planner.fallback": ("", "batch-adaptive"),
     "train.optimizer": ("adamw", "adam", "sgd"),
+    "train.decay": ("all", "matrices"),
 }
 LEAST = {
     "model.loss_chunk_tokens": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import transformers
@@ -37,7 +38,7 @@ def check_optimizer(config: Config, device: torch.device) -> None:
         ValueError: names the key.
     """
     train = config.train
-    parameter = torch.nn.Parameter(torch.ones(2, device=device, dtype=DTYPES[config.model.weights]))
+    parameter = torch.nn.Parameter(torch.ones(2, 2, device=device, dtype=DTYPES[config.model.weights]))
     parameter.grad = torch.ones_like(parameter)
     optimizer, schedule = _optimizer([parameter], train)
     try:
@@ -70,11 +71,23 @@ def _optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) ->
     """
     try:
         optimizer = OPTIMIZERS[config.optimizer](
-            parameters, lr=config.lr, weight_decay=config.weight_decay, **config.optimizer_options
+            _decayed(parameters, config), lr=config.lr, weight_decay=config.weight_decay, **config.optimizer_options
         )  # type: ignore[call-arg]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"train.optimizer_options={config.optimizer_options}: {error}; correct them") from None
     return optimizer, _schedule(optimizer, config)
+
+
+def _decayed(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> list[Any]:
+    """The parameters as an optimizer takes them: those that do not decay are a group of their own."""
+    if config.decay == "all":
+        return list(parameters)
+    groups: tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]] = [], []
+    for parameter in parameters:
+        groups[parameter.ndim < 2].append(parameter)  # of a sharded one too: the whole parameter's dimensions
+    matrices, rest = groups
+    decaying = [{"params": matrices}] if matrices else []
+    return [*decaying, {"params": rest, "weight_decay": 0.0}] if rest else decaying
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Schedule:
