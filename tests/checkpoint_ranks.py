@@ -37,9 +37,10 @@ def control() -> dist.ProcessGroup:
     return groups().control
 
 
-def config_of(folder: str, **checkpoint: object) -> Config:
+def config_of(folder: str, decay: str = "all", **checkpoint: object) -> Config:
+    train = {"steps": 50, "lr": 0.1, "warmup_steps": 5, "weight_decay": 0.1, "decay": decay}
     return parse_config({
-        "model": {"config": MODEL}, "data": {"max_length": 256}, "train": {"steps": 50, "lr": 0.1, "warmup_steps": 5},
+        "model": {"config": MODEL}, "data": {"max_length": 256}, "train": train,
         "checkpoint": {"every": 1, **checkpoint}, "run": {"dir": folder},
     })  # fmt: skip
 
@@ -73,9 +74,9 @@ def whole(model, optimizer) -> list[torch.Tensor]:
     return found
 
 
-def save_then_go_on(folder: str, asynchronous: bool) -> None:
+def save_then_go_on(folder: str, asynchronous: bool, decay: str = "all") -> None:
     """Saves after 3 steps and goes on at once: what is saved must be what was there after 3."""
-    config = config_of(folder, asynchronous=asynchronous, keep_last=2)
+    config = config_of(folder, decay, asynchronous=asynchronous, keep_last=2)
     model, optimizer, schedule = built(config, 0)
     checkpoints = Checkpoints(config, control())
     for number in range(3):
@@ -92,9 +93,9 @@ def save_then_go_on(folder: str, asynchronous: bool) -> None:
     dist.barrier()
 
 
-def load_and_compare(folder: str) -> str:
+def load_and_compare(folder: str, decay: str = "all") -> str:
     """What of the checkpoint is not as it was saved."""
-    config = config_of(folder)
+    config = config_of(folder, decay)
     model, optimizer, schedule = built(config, 1)
     start = find_start(config)
     assert start is not None and start.steps == 3
@@ -113,6 +114,18 @@ def load_and_compare(folder: str) -> str:
     before = optimizer.param_groups[0]["lr"]
     step(model, optimizer, schedule, 3)
     return "" if optimizer.param_groups[0]["lr"] > before else "the schedule's warm-up does not go on"
+
+
+def decayed(decay: str, options: dict[str, object]) -> set[str]:
+    """The names of parameters that a step without any gradient's direction makes smaller."""
+    train = {"steps": 50, "lr": 0.1, "lr_schedule": "constant", "weight_decay": 0.5, "decay": decay}
+    config = parse_config({"model": {"config": MODEL}, "train": {**train, "optimizer_options": options}})
+    model, optimizer, _ = built(config, 0)
+    before = {name: parameter.detach().full_tensor().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return {name for name, p in model.named_parameters() if not torch.equal(p.detach().full_tensor(), before[name])}
 
 
 def load_error(folder: str) -> str:

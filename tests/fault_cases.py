@@ -77,6 +77,19 @@ def killed_saving_model() -> None:
     PreTrainedModel.save_pretrained = struck
 
 
+def tokenizer_cannot_be_saved() -> None:
+    """Once a part of it is written."""
+    from transformers import PreTrainedTokenizerFast
+
+    honest = PreTrainedTokenizerFast.save_pretrained
+
+    def struck(self, folder, **options):
+        honest(self, folder, **options)
+        raise OSError(28, "No space left\non device")
+
+    PreTrainedTokenizerFast.save_pretrained = struck
+
+
 def raises_in_comparison() -> None:
     from flexsp.train import run
 

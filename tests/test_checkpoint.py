@@ -28,11 +28,23 @@ from rank_pool import RanksFailed
 pytestmark = pytest.mark.alone
 
 
-@pytest.mark.parametrize(("asynchronous", "loading"), [(True, 4), (True, 2), (False, 2)])
-def test_what_is_saved_on_four_ranks_is_what_was_there_then(ranks, tmp_path, asynchronous, loading):
+@pytest.mark.parametrize(
+    ("asynchronous", "loading", "decay"),
+    [(True, 4, "all"), (True, 2, "matrices"), (True, 4, "matrices"), (False, 2, "all")],
+)
+def test_what_is_saved_on_four_ranks_is_what_was_there_then(ranks, tmp_path, asynchronous, loading, decay):
     """Weights, optimizer, learning rate and random numbers, while the run went on before the writing ended."""
-    ranks(4).run(do.save_then_go_on, str(tmp_path), asynchronous)
-    assert ranks(loading).run(do.load_and_compare, str(tmp_path)) == [""] * loading
+    ranks(4).run(do.save_then_go_on, str(tmp_path), asynchronous, decay)
+    assert ranks(loading).run(do.load_and_compare, str(tmp_path), decay) == [""] * loading
+
+
+def test_norms_and_biases_do_not_decay_where_matrices_alone_do(ranks):
+    """Though each rank has a shard of them, of which FSDP2 decides the shape."""
+    for options in ({}, {"fused": True}, {"foreach": True}):
+        whole, matrices = (ranks(2).run(do.decayed, decay, options)[0] for decay in ("all", "matrices"))
+        norms = {name for name in whole if name.endswith("norm.weight")}
+        assert len(norms) == 5 and whole - matrices == norms
+        assert "model.embed_tokens.weight" in matrices
 
 
 def test_the_last_few_are_kept_and_what_a_kill_left_is_removed(ranks, tmp_path):
@@ -80,6 +92,8 @@ TRAINS = {
     "constant": {"lr": 0.5, "lr_schedule": "constant", "weight_decay": 0.3, "optimizer_options": {"betas": [0.8, 0.9]}},
     "linear": {"lr": 0.2, "lr_schedule": "linear", "warmup_steps": 6},
     "cosine": {"lr": 0.4, "lr_schedule": "cosine"},
+    "matrices": {"lr": 0.5, "lr_schedule": "constant", "weight_decay": 0.3, "decay": "matrices"},
+    "min": {"lr": 0.4, "lr_schedule": "cosine_with_min_lr", "lr_schedule_options": {"min_lr_rate": 0.2}},
 }
 
 
@@ -246,9 +260,16 @@ def config_with(folder: Path, section: str, **changes):
     [
         ("train", {"lr": 0.2}, r"train.lr=0.2 is not 0.1, with which .*step-00000001 was made; restore it, or"),
         ("train", {"seed": 7}, r"train.seed=7 is not 0"),
+        (
+            "train",
+            {"decay": "matrices"},
+            r"train.decay='matrices' is not 'all', with which .* was made; restore it",
+        ),
+        ("train", {"lr_schedule_options": {"num_cycles": 2}}, r"train.lr_schedule_options.num_cycles=2 is not None"),
         ("data", {"max_length": 128}, r"data.max_length=128 is not 256"),
         ("model", {"config": {**do.MODEL, "hidden_size": 32}}, r"model.config.hidden_size=32 is not 16"),
         ("model", {"config": {**do.MODEL, "more": 1}}, r"model.config.more=1 is not None"),
+        ("model", {"path": "x"}, r"model.path='x' is not '', with which"),
         ("checkpoint", {"resume": "never"}, r"resume='never', but run.dir=.* holds checkpoints, the last of step 1"),
         ("checkpoint", {"resume": "nowhere"}, r"resume='nowhere' must be 'auto', 'never' or the path of a checkpoint"),
     ],

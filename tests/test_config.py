@@ -3,10 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexsp.train.config import load_config
-from flexsp.train.optimizers import check_optimizer
+from flexsp.train.config import Config, load_config
+from flexsp.train.optimizers import build_optimizer, check_optimizer
 
 BASE = '[model]\nconfig = { model_type = "llama" }\n'
+
+
+MIN_LR = ["--train.lr_schedule", "cosine_with_min_lr", "--train.lr_schedule_options.min_lr_rate", "0.1"]
+WSD = ["--train.lr_schedule", "warmup_stable_decay", "--train.lr_schedule_options.num_decay_steps", "2"]
 
 
 @pytest.fixture
@@ -24,6 +28,11 @@ def test_flags_override_keys(path):
     assert load_config(path).train.steps == 5
 
 
+def test_a_folder_s_config_may_be_changed(path):
+    config = load_config(path, ["--model.path", "x", "--model.config", "{}", "--model.config.rope_parameters.factor=4"])
+    assert (config.model.path, config.model.config) == ("x", {"rope_parameters": {"factor": 4}})
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -38,8 +47,13 @@ def test_flags_override_keys(path):
         (["--data.overlong", "cut"], r"data.overlong='cut' must be one of drop, split, error"),
         (["--planner.sp_degrees", "[1.5]"], r"planner.sp_degrees=\[1.5\] must be a list of integers"),
         (["--planner.memory_fraction", "2"], r"planner.memory_fraction=2.0 must be at most 1"),
-        (["--model.path", "x"], r"give exactly one of the two"),
+        (["--model.config", "{}"], r"model.path='' and model.config={}: there is no model; give a directory to start"),
         (["--train.steps.x", "1"], r"steps is no section"),
+        (
+            ["--train.warmup_steps", "5"],
+            r"train.warmup_steps=5 must be below train.steps=5, or the learning rate",
+        ),
+        (["--train.decay", "norms"], r"train.decay='norms' must be one of all, matrices"),
         (["--planner.timeout_s", "700"], r"planner.timeout_s=700 must be less than run.timeout_s=600, for which the"),
     ],
 )
@@ -101,6 +115,33 @@ def test_files_that_are_no_toml(tmp_path):
         (["--train.lr_schedule", "greedy"], r"train.lr_schedule='greedy' needs a metric at each step, which it is not"),
         (["--train.lr_schedule", "warmup_stable_decay"], r"lr_schedule='warmup_stable_decay': .*'num_decay_steps'; ch"),
         (["--train.lr_schedule", "piecewise"], r"train.lr_schedule='piecewise': .*; choose another"),
+        (
+            ["--train.lr_schedule", "cosine_with_min_lr"],
+            r"One of min_lr or min_lr_rate .*; choose another, or give",
+        ),
+        (
+            [*MIN_LR[:2], "--train.lr_schedule_options.min_lr", "low"],
+            r"min_lr', .*={'min_lr': 'low'}: .*; correct",
+        ),
+        ([*MIN_LR, "--train.lr_schedule_options.min_rate", "0"], r"options={.*}: .*argument 'min_rate'; correct them"),
+        (
+            [*MIN_LR, "--train.lr_schedule_options.num_cycles", "few"],
+            r"options={.*'few'}: could not convert .*",
+        ),
+        ([*MIN_LR, "--train.lr_schedule_options.last_epoch", "3"], r"options={.*'last_epoch': 3}: .*; correct them"),
+        (["--train.lr_schedule_options.num_decay_steps", "2"], r"lr_schedule='cosine', .*'num_decay_steps'; correct"),
+        (
+            [*WSD, "--train.lr_schedule_options.decay_type", "none"],
+            r"options={.*}: Unknown decay type: none, .*",
+        ),
+        (
+            [*WSD, "--train.lr_schedule_options.min_lr_ratio", "-1"],
+            r"learning rate of step \d would be -0.*; correct",
+        ),
+        (
+            ["--train.lr_schedule", "constant_with_warmup", "--train.lr_schedule_options.min_lr", "0.1"],
+            r"lr_schedule_options={'min_lr': 0.1}: the schedule 'constant_with_warmup' takes none; leave them out, or",
+        ),
         (["--train.optimizer_options.betas", "[0.9, 0.9, 0.9]"], r"optimizer_options=.*: adamw takes no step with .*"),
         (["--train.optimizer_options.capturable", "true"], r"optimizer_options={'capturable': True}: .*; correct them"),
         (["--train.optimizer_options.betas", "0.9"], r"train.optimizer_options={'betas': 0.9}: .*; correct them"),
@@ -125,7 +166,29 @@ def test_what_an_optimizer_or_schedule_does_not_take_is_found_before_anything_sl
         ["--train.lr_schedule", "linear", "--train.warmup_steps", "3"],
         ["--train.optimizer", "sgd", "--train.optimizer_options.momentum", "0.9", "--model.weights", "bfloat16"],
         ["--train.optimizer", "adam", "--train.optimizer_options.fused", "true", "--train.lr_schedule", "inverse_sqrt"],
+        ["--train.steps", "1000000", "--train.warmup_steps", "999999"],
+        ["--train.decay", "matrices", "--train.weight_decay", "0.1", "--train.optimizer_options.foreach", "true"],
+        MIN_LR,
+        WSD,
     ],
 )
 def test_optimizers_and_schedules_that_run_are_taken(path, flags):
     check_optimizer(load_config(path, flags), torch.device("cpu"))
+
+
+def rates(config: Config) -> list[float]:
+    """The learning rate of each step."""
+    optimizer, schedule = build_optimizer(torch.nn.Linear(2, 2), config.train)
+    found = []
+    for _ in range(config.train.steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_a_schedule_has_its_options(path):
+    flags = ["--train.lr", "1.0", "--train.steps", "8", "--train.warmup_steps", "2"]
+    assert rates(load_config(path, [*flags, *WSD])) == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.5])
+    low = rates(load_config(path, [*flags, *MIN_LR, "--train.lr_schedule_options.min_lr_rate", "0.5"]))
+    assert low[:3] == [0, 0.5, 1] and low[3:] == sorted(low[3:], reverse=True) and 0.5 < low[-1] < 0.6

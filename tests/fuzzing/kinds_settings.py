@@ -153,7 +153,8 @@ CONFIG = Obj(
             {
                 "steps": Int(0), "batch_size": Int(1), "seed": Int(0), "optimizer": Str(("adamw", "adam", "sgd")),
                 "optimizer_options": Map(schema.Anything()), "lr": REAL, "weight_decay": REAL, "lr_schedule": Str(),
-                "warmup_steps": Int(0), "grad_clip": REAL,
+                "decay": Str(("all", "matrices")),
+                "lr_schedule_options": Map(schema.Anything()), "warmup_steps": Int(0), "grad_clip": REAL,
             },
         ),
         "checkpoint": Obj({}, {"every": Int(0), "keep_last": Int(1), "resume": Str(), "asynchronous": Bool()}),
@@ -175,7 +176,8 @@ RUN: dict[str, Any] = {
     },
     "train": {
         "steps": 5, "batch_size": 4, "seed": 1, "optimizer": "adamw", "optimizer_options": {"betas": [0.9, 0.95]},
-        "lr": 1e-3, "weight_decay": 0.1, "lr_schedule": "cosine", "warmup_steps": 2, "grad_clip": 1.0,
+        "lr": 1e-3, "weight_decay": 0.1, "decay": "matrices", "lr_schedule": "cosine", "warmup_steps": 2,
+        "lr_schedule_options": {"num_cycles": 0.5}, "grad_clip": 1.0,
     },
     "checkpoint": {"every": 2, "keep_last": 2, "resume": "auto", "asynchronous": True},
     "run": {"dir": "out", "compare_batches": 1, "save_model": False, "timeout_s": 60},

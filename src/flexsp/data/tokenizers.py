@@ -41,7 +41,7 @@ class Pretrained:
             ValueError: there is none, or transformers cannot load it.
         """
         self.name = path
-        self.wrapped = _load(path)
+        self.wrapped = load_wrapped(path)
         self.eos: int | None = self.wrapped.eos_token_id
         self.backend: Any = getattr(self.wrapped, "backend_tokenizer", None)
         """The `tokenizers.Tokenizer` inside; None where it is written in Python."""
@@ -100,7 +100,12 @@ def has_tokenizer(folder: str) -> bool:
     return bool(folder) and any(os.path.isfile(Path(folder) / name) for name in FILES)
 
 
-def _load(path: str) -> Any:
+def load_wrapped(path: str) -> Any:
+    """The tokenizer of transformers in a folder or a tokenizer.json, as it lies there.
+
+    Raises:
+        ValueError: there is none, or transformers cannot load it.
+    """
     place = Path(os.path.expanduser(path))
     if not os.path.exists(place):
         raise ValueError(

@@ -29,6 +29,7 @@ from flexsp.track import Track, silent
 from flexsp.train.config import Config, DataConfig, ModelConfig
 from flexsp.train.display import Display
 from flexsp.train.out_of_memory import is_out_of_memory
+from flexsp.train.pretrained import Unfit, load_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -119,21 +120,23 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     """The model of the configuration, the same on every rank.
 
     Raises:
-        ValueError: transformers cannot build or load it.
+        ValueError: transformers cannot build or load it, or a folder and what is changed in its config do not fit.
     """
     torch.manual_seed(seed)
     weights = DTYPES[config.weights]
     try:
         if config.path:
-            model = AutoModelForCausalLM.from_pretrained(config.path, dtype=weights, local_files_only=True)
+            model = load_pretrained(config.path, config.config, weights)
         else:
             fields = dict(config.config)
             model_type = fields.pop("model_type", "")
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=weights)
     except Exception as error:  # of the model's own code: of any kind
-        if is_out_of_memory(error):  # of this rank alone, and nothing to correct in the model
+        # the latter of this rank alone, and nothing to correct in the model
+        if isinstance(error, Unfit) or is_out_of_memory(error):
             raise
-        key = f"model.path={config.path!r}" if config.path else f"model.config={config.config!r}"
+        given = (("model.path", config.path), ("model.config", config.config))
+        key = ", ".join(f"{key}={value!r}" for key, value in given if value)
         said = " ".join(str(error).split())
         raise ValueError(f"{key}: transformers cannot make this model ({said}); correct it") from None
     assert isinstance(model, PreTrainedModel)
@@ -166,8 +169,8 @@ def _within_vocabulary(sequences: Sequences, vocab_size: int, data: DataConfig) 
     if data.on_broken != SKIP:
         raise ValueError(
             f"{corpus.describe(worst)}: token id {largest[worst]} is beyond vocab_size={vocab_size}, as are ids of "
-            f"{beyond.sum()} of {len(beyond)} documents; tokenize for this model, set model.config.vocab_size to at "
-            f"least {largest[worst] + 1}, or set data.on_broken='skip' to leave them out"
+            f"{beyond.sum()} of {len(beyond)} documents; tokenize for this model, set data.on_broken='skip' to leave "
+            f"them out, or without model.path set model.config.vocab_size to at least {largest[worst] + 1}"
         )
     kept = ~beyond[sequences.documents]
     log.info(

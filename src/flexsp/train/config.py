@@ -22,7 +22,8 @@ class ModelConfig:
     path: str = ""
     """A Hugging Face directory to start from; empty: build a new model from `config`."""
     config: dict[str, Any] = field(default_factory=dict)
-    """`model_type` and fields of a Hugging Face config; vocab_size must hold the corpus's tokens."""
+    """Without `path`: `model_type` and fields of a Hugging Face config; vocab_size must hold the corpus's tokens.
+    With `path`: fields that differ from the directory's config, tables field by field; all weights must still fit."""
     dtype: str = "float32"
     """What is computed in: float32 or bfloat16."""
     weights: str = "float32"
@@ -108,9 +109,17 @@ class TrainConfig:
     """Arguments of the torch optimizer, e.g. betas."""
     lr: float = 1e-3
     weight_decay: float = 0.0
+    """Of the parameters that `decay` names."""
+    decay: str = "all"
+    """What weight_decay is for: all parameters; or matrices, those of two dimensions and more, without norms and biases
+    (but for biases of experts that are stacked in one parameter)."""
     lr_schedule: str = "cosine"
     """A schedule of transformers: constant_with_warmup, linear, cosine, ..."""
+    lr_schedule_options: dict[str, Any] = field(default_factory=dict)
+    """What the schedule takes beside warmup_steps and steps: min_lr or min_lr_rate of cosine_with_min_lr,
+    num_decay_steps of warmup_stable_decay, power of polynomial, ..."""
     warmup_steps: int = 0
+    """Of a rate that rises from 0; below steps."""
     grad_clip: float = 1.0
     """Global gradient norm to clip to; 0: none."""
     on_not_finite: str = "error"
@@ -125,7 +134,7 @@ class RunConfig:
     compare_batches: int = 0
     """Batches on which the planners are compared at the end; 0: no comparison."""
     save_model: bool = True
-    """Save a Hugging Face directory at the end."""
+    """Save a Hugging Face directory at the end, with the tokenizer where data.tokenizer or model.path has one."""
     transport: str = ""
     """How groups exchange: `groups`, a communicator for each set of ranks; `peers`, point-to-point on one communicator,
     for clusters where many communicators take too much memory; empty: by device."""
@@ -205,6 +214,7 @@ CHOICES = {
     "planner.fallback": ("", "batch-adaptive"),
     "train.optimizer": ("adamw", "adam", "sgd"),
     "train.on_not_finite": ("error", "skip"),
+    "train.decay": ("all", "matrices"),
 }
 LEAST = {
     "model.loss_chunk_tokens": 0,
@@ -266,11 +276,15 @@ def parse_config(document: Mapping[str, Any], where: str = "config") -> Config:
             f"{where}: planner.timeout_s={config.planner.timeout_s:g} must be less than run.timeout_s="
             f"{config.run.timeout_s:g}, for which the other ranks wait; lower the one or raise the other"
         )
-    path, model = config.model.path, config.model.config
-    if bool(path) == bool(model):
+    if not (config.model.path or config.model.config):
         raise ValueError(
-            f"{where}: model.path={jf.short(path)} and model.config={jf.short(model)}: give exactly one of the two, a "
-            f"directory to start from or a config to build"
+            f"{where}: model.path='' and model.config={{}}: there is no model; give a directory to start from, a "
+            f"config to build, or a directory and what is to differ in its config"
+        )
+    if config.train.warmup_steps and config.train.warmup_steps >= config.train.steps:
+        raise ValueError(
+            f"{where}: train.warmup_steps={config.train.warmup_steps} must be below train.steps={config.train.steps}, "
+            f"or the learning rate never reaches train.lr; lower the one or raise the other"
         )
     if config.eval.every and not (config.data.held_out or config.eval.source):
         raise ValueError(

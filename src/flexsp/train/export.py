@@ -1,4 +1,4 @@
-"""Saving the trained model as a Hugging Face directory: written aside, and renamed once it is whole."""
+"""Saving the trained model, and its tokenizer, as a Hugging Face directory: written aside, renamed once it is whole."""
 
 from __future__ import annotations
 
@@ -11,16 +11,30 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
+from flexsp.data.tokenizers import BYTES, has_tokenizer, load_wrapped
 from flexsp.train.build import PATIENCE
+from flexsp.train.config import Config
 from flexsp.train.digests import sync
 
 log = logging.getLogger(__name__)
 
 
-def save_pretrained(model: PreTrainedModel, folder: str | Path) -> None:
+def tokenizer_of(config: Config) -> str:
+    """Where the tokenizer of a run's model lies; empty: there is none, or tokens are bytes."""
+    in_model = config.model.path if has_tokenizer(config.model.path) else ""
+    named = config.data.tokenizer or in_model
+    return "" if named == BYTES else named
+
+
+def save_pretrained(model: PreTrainedModel, folder: str | Path, tokenizer: str = "") -> None:
     """Gathers the shards on rank 0, which writes what `from_pretrained` loads. A collective.
 
     All ranks return once the folder has its name, so that they notice a rank 0 that ends before.
+
+    Args:
+        model: from `prepare_model`.
+        folder: to write; one that is there is replaced.
+        tokenizer: where one lies that is to be in the folder too; empty: none. One that cannot be is a warning.
     """
     # its own group: what takes rank 0 longer than a collective may take is no fault, and its end is noticed at once
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -30,8 +44,10 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path) -> None:
         part, before = (folder.with_name(f"{folder.name}.{what}") for what in ("part", "before"))
         for left in (part, before):  # by a kill
             shutil.rmtree(left, ignore_errors=True)
+        if tokenizer:
+            _save_tokenizer(tokenizer, part)
         model.save_pretrained(part, state_dict=state)
-        for path in (*part.iterdir(), part):
+        for path in (*part.rglob("*"), part):
             sync(path)
         if folder.exists():
             os.replace(folder, before)
@@ -41,3 +57,16 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path) -> None:
     dist.barrier(group=patient)
     dist.destroy_process_group(patient)
     log.info("model: saved as %s", folder)
+
+
+def _save_tokenizer(tokenizer: str, part: Path) -> None:
+    """Before the model: what a failure leaves of it, which would be taken for one, is all that there is to remove."""
+    try:
+        load_wrapped(tokenizer).save_pretrained(part)
+    except Exception as error:  # of the tokenizer's own code: of any kind; the model must not be lost for it
+        shutil.rmtree(part, ignore_errors=True)
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        log.warning(
+            "model: saved without the tokenizer of %r (%s); copy it there, or name data.tokenizer at the next stage",
+            tokenizer, said,
+        )  # fmt: skip

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
 from flexsp.train.build import DTYPES
+from flexsp.train.checkpoint import Schedule
 from flexsp.train.config import Config, TrainConfig
 from flexsp.train.out_of_memory import is_out_of_memory
 
@@ -18,6 +21,10 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
+WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
+"""Schedules to which transformers does not hand any on, without a word."""
+TRIED = 1000
+"""About how many steps of a schedule are tried."""
 
 
 def check_optimizer(config: Config, device: torch.device) -> None:
@@ -31,7 +38,7 @@ def check_optimizer(config: Config, device: torch.device) -> None:
         ValueError: names the key.
     """
     train = config.train
-    parameter = torch.nn.Parameter(torch.ones(2, device=device, dtype=DTYPES[config.model.weights]))
+    parameter = torch.nn.Parameter(torch.ones(2, 2, device=device, dtype=DTYPES[config.model.weights]))
     parameter.grad = torch.ones_like(parameter)
     optimizer, schedule = _optimizer([parameter], train)
     try:
@@ -49,30 +56,81 @@ def check_optimizer(config: Config, device: torch.device) -> None:
             f"train.lr_schedule={train.lr_schedule!r} needs a metric at each step, which it is not given; choose "
             f"another"
         )
+    _check_rates(schedule, train)
 
 
-def build_optimizer(
-    model: PreTrainedModel, config: TrainConfig
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def build_optimizer(model: PreTrainedModel, config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer and the learning-rate schedule; see `check_optimizer`."""
     return _optimizer(model.parameters(), config)
 
 
-def _optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: TrainConfig
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
     """
     Raises:
-        ValueError: options that the optimizer does not have, or an unknown schedule, or one that needs more arguments.
+        ValueError: options that the optimizer or the schedule does not have or needs, or an unknown schedule.
     """
     try:
         optimizer = OPTIMIZERS[config.optimizer](
-            parameters, lr=config.lr, weight_decay=config.weight_decay, **config.optimizer_options
+            _decayed(parameters, config), lr=config.lr, weight_decay=config.weight_decay, **config.optimizer_options
         )  # type: ignore[call-arg]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"train.optimizer_options={config.optimizer_options}: {error}; correct them") from None
+    return optimizer, _schedule(optimizer, config)
+
+
+def _decayed(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> list[Any]:
+    """The parameters as an optimizer takes them: those that do not decay are a group of their own."""
+    if config.decay == "all":
+        return list(parameters)
+    groups: tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]] = [], []
+    for parameter in parameters:
+        groups[parameter.ndim < 2].append(parameter)  # of a sharded one too: the whole parameter's dimensions
+    matrices, rest = groups
+    decaying = [{"params": matrices}] if matrices else []
+    return [*decaying, {"params": rest, "weight_decay": 0.0}] if rest else decaying
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> Schedule:
+    """
+    Raises:
+        ValueError: see `_optimizer`.
+    """
+    options = config.lr_schedule_options
+    if options and config.lr_schedule in WITHOUT_OPTIONS:
+        raise ValueError(
+            f"train.lr_schedule_options={options}: the schedule {config.lr_schedule!r} takes none; leave them out, or "
+            f"choose another schedule"
+        )
     try:
-        schedule = transformers.get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, config.steps)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"train.lr_schedule={config.lr_schedule!r}: {error}; choose another") from None
-    return optimizer, schedule
+        schedule: Schedule = transformers.get_scheduler(
+            config.lr_schedule, optimizer, config.warmup_steps, config.steps, options
+        )
+    except Exception as error:  # of the schedule's own code: of any kind
+        raise _schedule_error(config, error) from None
+    return schedule
+
+
+def _check_rates(schedule: Schedule, config: TrainConfig) -> None:
+    """Asks a schedule for rates all along the run: some options fail only after warm-up, or give no rate.
+
+    Raises:
+        ValueError: a rate cannot be computed, is no number or is below 0.
+    """
+    every = max(1, config.steps // TRIED)
+    for step in sorted({*range(0, config.steps, every), config.warmup_steps, config.steps}):
+        for factor in getattr(schedule, "lr_lambdas", []):
+            try:
+                rate = config.lr * factor(step)
+                right = math.isfinite(rate) and rate >= 0
+            except Exception as error:  # of the schedule's own code: of any kind
+                raise _schedule_error(config, error) from None
+            if not right:
+                raise _schedule_error(config, f"the learning rate of step {step} would be {rate:g}")
+
+
+def _schedule_error(config: TrainConfig, why: object) -> ValueError:
+    said = " ".join(str(why).split())
+    key = f"train.lr_schedule={config.lr_schedule!r}"
+    if config.lr_schedule_options:
+        return ValueError(f"{key}, train.lr_schedule_options={config.lr_schedule_options}: {said}; correct them")
+    return ValueError(f"{key}: {said}; choose another, or give train.lr_schedule_options")

@@ -25,7 +25,7 @@ from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
 from flexsp.train.evaluate import Evaluation, held_out_sequences
-from flexsp.train.export import save_pretrained
+from flexsp.train.export import save_pretrained, tokenizer_of
 from flexsp.train.failures import Guard, Say
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
@@ -70,7 +70,7 @@ def train(config: Config, display: Display, guard: Guard, held: ExitStack) -> No
     3. Load or measure the profile; go on from what an earlier run in the same folder learned.
     4. Train on planned batches; one line of metrics a step. Measured times and memory correct the profile. Evaluations,
        checkpoints.
-    5. Save the model.
+    5. Save the model and its tokenizer.
     6. Compare the planners on further batches, weights untouched.
 
     SIGTERM ends it after a step and a checkpoint; before the first step and after the last, at once.
@@ -136,7 +136,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
             return
         guard.place.at("saving the model")  # before anything else that may fail
         if config.run.save_model:
-            save_pretrained(model, folder / "model")
+            save_pretrained(model, folder / "model", tokenizer_of(config))
         guard.place.at("comparing planners")
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
     if compared and policy_for(learner.profile, config.data.max_length):
