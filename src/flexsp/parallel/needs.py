@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from transformers import PreTrainedConfig
 
 from flexsp.parallel.kernels import KERNELS, Need, choose
+from flexsp.parallel.widths import attention_widths, layer_configs
 from flexsp.profile import Layout
 
 
@@ -36,22 +38,23 @@ class Attention:
         """
         if kernel is not None and kernel not in KERNELS:
             raise ValueError(f"attention={kernel!r} is unknown; choose one of {', '.join(KERNELS)}")
-        text = config.get_text_config()
-        window = getattr(text, "sliding_window", None)
-        window = window if isinstance(window, int) and window > 0 else None
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        head_dim = getattr(text, "qk_head_dim", None) or head_dim
-        value_dim = getattr(text, "v_head_dim", None) or head_dim
-        softcap = getattr(text, "attn_logit_softcapping", None) or None
-        dropout = bool(getattr(text, "attention_dropout", 0.0))
+        dropout = bool(getattr(config.get_text_config(), "attention_dropout", 0.0))
+        dims = dict.fromkeys((each.head_dim, each.value_dim) for each in attention_widths(config))
+        windows: dict[int | None, None] = {None: None}
+        softcaps: dict[float | None, None] = {}
+        for own in layer_configs(config):
+            window = getattr(own, "sliding_window", None)
+            if isinstance(window, int) and window > 0:
+                windows[window] = None
+            softcaps[getattr(own, "attn_logit_softcapping", None) or None] = None
 
         def needs(ring: bool) -> tuple[Need, ...]:
             return tuple(
                 Need(
-                    device_type=device_type, dtype=dtype, head_dim=head_dim, value_dim=value_dim, window=each,
-                    softcap=softcap, by_positions=ring and each is not None, blocks=ring, dropout=dropout,
+                    device_type=device_type, dtype=dtype, head_dim=head_dim, value_dim=value_dim, window=window,
+                    softcap=softcap, by_positions=ring and window is not None, blocks=ring, dropout=dropout,
                 )
-                for each in dict.fromkeys((None, window))
+                for (head_dim, value_dim), window, softcap in product(dims, windows, softcaps)
             )  # fmt: skip
 
         return cls(kernel=kernel, alone=needs(ring=False), in_ring=needs(ring=True))

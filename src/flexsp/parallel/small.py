@@ -62,7 +62,8 @@ def small_config(
     fields, name = config.to_dict(), _names(config)
     text = _text(config, fields)
     for key, value in fields.items():
-        if isinstance(value, dict) and key.endswith("_config") and value is not text:
+        other = key.endswith("_config") and key != "per_layer_config" and value is not text
+        if isinstance(value, dict) and other:
             _shrink_other(value)
     if "head_dim" in text and text["head_dim"] is None:  # it would follow the hidden size
         text["head_dim"] = text[name("hidden_size")] // text[name("num_attention_heads")]
