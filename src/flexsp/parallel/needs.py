@@ -1,4 +1,4 @@
-"""What a model's layers will ask of attention kernels, as far as its config tells: known before a step begins.
+"""What a model's layers will ask of attention kernels, by its config and its small model: known before a step begins.
 
 A kernel that serves a whole row may refuse the blocks of a ring, and then some ranks alone would fail inside of a
 layer, while others wait for them.
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from flexsp.parallel.kernels import KERNELS, Need, choose
+from flexsp.parallel.kinds import NOTHING, Asked
 from flexsp.parallel.widths import attention_widths, layer_configs
 from flexsp.profile import Layout
 
@@ -30,15 +31,28 @@ class Attention:
     """The same where keys come around a ring."""
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, device_type: str, dtype: torch.dtype, kernel: str | None) -> Attention:
+    def of(
+        cls,
+        config: PreTrainedConfig,
+        device_type: str,
+        dtype: torch.dtype,
+        kernel: str | None,
+        asked: Asked = NOTHING,
+    ) -> Attention:
         """The attention of a model that is computed in `dtype`.
+
+        Args:
+            config: of the model.
+            device_type: "cpu" or "cuda".
+            dtype: of queries, keys and values.
+            kernel: the name of one; None: the first that serves.
+            asked: from `asked_of`.
 
         Raises:
             ValueError: there is no kernel of that name.
         """
         if kernel is not None and kernel not in KERNELS:
             raise ValueError(f"attention={kernel!r} is unknown; choose one of {', '.join(KERNELS)}")
-        dropout = bool(getattr(config.get_text_config(), "attention_dropout", 0.0))
         dims = dict.fromkeys((each.head_dim, each.value_dim) for each in attention_widths(config))
         windows: dict[int | None, None] = {None: None}
         softcaps: dict[float | None, None] = {}
@@ -52,7 +66,8 @@ class Attention:
             return tuple(
                 Need(
                     device_type=device_type, dtype=dtype, head_dim=head_dim, value_dim=value_dim, window=window,
-                    softcap=softcap, by_positions=ring and window is not None, blocks=ring, dropout=dropout,
+                    softcap=softcap, by_positions=ring and window is not None, blocks=ring or asked.sinks,
+                    dropout=asked.dropout,
                 )
                 for (head_dim, value_dim), window, softcap in product(dims, windows, softcaps)
             )  # fmt: skip
