@@ -266,6 +266,18 @@ def test_degrees_that_ranks_or_heads_cannot_serve_are_refused_with_a_layout_that
     check_degrees([1, 2], small_config(3, 3), 2, {2: Layout(ulysses=1, ring=2)})
 
 
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_dense", "hunyuan_v1_moe"])
+def test_a_scaling_that_is_called_dynamic_but_fixed_by_its_alpha_is_tried(model_type):
+    """As HunYuan's configs are published; without alpha it goes by the longest position."""
+    scaling = dict(type="dynamic", alpha=1000.0, beta_fast=32, beta_slow=1, factor=1.0, mscale=1.0, mscale_all_dim=1.0)
+    config = CONFIG_MAPPING[model_type](**SIZES, head_dim=8, rope_scaling=scaling)
+    assert config.rope_parameters["rope_type"] == "dynamic"
+    check_model(model(config))
+    config.rope_parameters["alpha"] = None
+    with pytest.raises(ValueError, match=r"rope_type='dynamic' of HunYuan.* depends on the longest position"):
+        check_model(model(config))
+
+
 def call(**arguments):
     x = torch.zeros(1, 2, 3, 4)
     context = SPContext(row=Row((3,), 1, 0, x.device), heads=None, ring=None, shares=(3,))
