@@ -75,9 +75,9 @@ def test_a_family_equals_one_device_on_a_mixed_plan(ranks, family):
     ranks(4).run(check_family, config_of(family), LENGTHS, MIXED, tolerance_of(family))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "deepseek_v3"])
-def test_what_changes_attention_equals_one_device_in_a_ring(ranks, family):
-    """Windows, sinks, softcap and values narrower than keys, passed around."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_equals_one_device_in_a_ring(ranks, family):
+    """Windows, sinks, softcap and values narrower than keys among them, passed around."""
     ranks(4).run(check_family, config_of(family), LENGTHS, MIXED, tolerance_of(family), RING)
 
 

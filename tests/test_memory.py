@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma2Config, GraniteConfig, OPTConfig
+from transformers import Gemma2Config, Gemma4TextConfig, GraniteConfig, MixtralConfig, OPTConfig
 
 from equality_ranks import check_equal, make_batch, pool, worst_difference
 from flexsp.parallel import RankError, forward_backward, offload, prepare_model
@@ -168,11 +168,18 @@ HEADS = {
         **SIZES, final_logit_softcapping=3.0, attn_logit_softcapping=None, query_pre_attn_scalar=8,
         layer_types=["full_attention"] * 2, tie_word_embeddings=False,
     ),
+    "a forward that reads the shape of its tokens": Gemma4TextConfig(
+        **{**SIZES, "num_hidden_layers": 4}, num_kv_shared_layers=2, sliding_window=5, global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2, vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=8, final_logit_softcapping=3.0,
+    ),
+    "a forward with experts": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     "logits that are scaled": GraniteConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logits_scaling=3.0),
 }  # fmt: skip
 
 
 def logits_in_chunks(config) -> tuple[float, float, str]:
+    assert isinstance(find_base_model(build(config, torch.float64)), BaseModel)
     batch = make_batch(LENGTHS, mixed(None), seed=0, masked=0.2)
     return worst_difference(config, torch.float64, batch, loss_chunk_tokens=7)
 
@@ -241,6 +248,47 @@ def test_a_head_that_does_not_treat_each_token_alike_is_found_out():
     other.set_output_embeddings(Averaging().double())
     assert find_base_model(other) == "the logits of a token depend on the tokens beside it"
     assert "forward" not in vars(other.model)
+
+
+class OfIds(torch.nn.Module):
+    """A model whose logits are of its hidden states and its tokens' ids; where `needed`, without ids there are none."""
+
+    def __init__(self, needed: bool) -> None:
+        super().__init__()
+        self.model = build(small_config(), torch.float64)
+        self.base_model, self.needed = self.model.model, needed
+
+    def get_output_embeddings(self):
+        return self.model.lm_head
+
+    def get_decoder(self):
+        return self.base_model
+
+    def forward(self, input_ids=None, **arguments):
+        output = self.model(input_ids=input_ids, **arguments)
+        if self.needed or input_ids is not None:
+            output.logits = output.logits + input_ids[..., None]
+        return output
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_head_that_looks_at_the_tokens_ids_is_found_out(needed):
+    """Stand-ins for them would give it other logits."""
+    assert find_base_model(OfIds(needed)) == "its logits are made of the tokens' ids too"
+
+
+def test_a_forward_that_takes_no_ids_is_given_none():
+    model = build(small_config(), torch.float64)
+    plain = model.forward
+
+    def forward(*, input_ids=None, use_cache=None):
+        if input_ids is not None:
+            raise ValueError("no ids here")
+        return plain(use_cache=use_cache)
+
+    model.forward = forward
+    base = find_base_model(model)
+    assert isinstance(base, BaseModel) and not base.takes_ids
 
 
 def refuses_chunks_of_nothing() -> None:

@@ -6,14 +6,18 @@ import pytest
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
     LlamaForCausalLM,
     T5ForConditionalGeneration,
 )
 
 from flexsp.parallel import check_degrees, check_model, default_layouts, layouts_of
 from flexsp.parallel.attention import SPContext, flexsp_attention
+from flexsp.parallel.kinds import Asked, asked_of
 from flexsp.parallel.model import attention_of
 from flexsp.parallel.needs import Attention
 from flexsp.parallel.row import Row
@@ -262,6 +266,18 @@ def test_degrees_that_ranks_or_heads_cannot_serve_are_refused_with_a_layout_that
     check_degrees([1, 2], small_config(3, 3), 2, {2: Layout(ulysses=1, ring=2)})
 
 
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_dense", "hunyuan_v1_moe"])
+def test_a_scaling_that_is_called_dynamic_but_fixed_by_its_alpha_is_tried(model_type):
+    """As HunYuan's configs are published; without alpha it goes by the longest position."""
+    scaling = dict(type="dynamic", alpha=1000.0, beta_fast=32, beta_slow=1, factor=1.0, mscale=1.0, mscale_all_dim=1.0)
+    config = CONFIG_MAPPING[model_type](**SIZES, head_dim=8, rope_scaling=scaling)
+    assert config.rope_parameters["rope_type"] == "dynamic"
+    check_model(model(config))
+    config.rope_parameters["alpha"] = None
+    with pytest.raises(ValueError, match=r"rope_type='dynamic' of HunYuan.* depends on the longest position"):
+        check_model(model(config))
+
+
 def call(**arguments):
     x = torch.zeros(1, 2, 3, 4)
     context = SPContext(row=Row((3,), 1, 0, x.device), heads=None, ring=None, shares=(3,))
@@ -285,7 +301,9 @@ def test_a_plan_is_refused_before_it_runs_where_no_kernel_computes_the_models_at
     """Not inside of a layer, where the ranks of a ring alone would fail and others wait for them."""
     alone, ring = Layout(ulysses=2, ring=1), Layout(ulysses=1, ring=2)
     with_dropout = small_config(attention_dropout=0.1)
-    attention = Attention.of(with_dropout, "cpu", torch.float32, None)
+    attention = Attention.of(
+        with_dropout, "cpu", torch.float32, None, asked_of(LlamaForCausalLM, with_dropout, training=False)
+    )
     attention.check([alone])
     with pytest.raises(ValueError, match=r"dropout=True, .* no attention kernel computes this"):
         attention.check([alone, ring])
@@ -297,6 +315,24 @@ def test_a_plan_is_refused_before_it_runs_where_no_kernel_computes_the_models_at
     windowed = Attention.of(mistral, "cuda", torch.bfloat16, "math")
     assert {need.by_positions for need in windowed.in_ring} == {False, True}
     windowed.check([alone, ring])
+
+
+@pytest.mark.parametrize(
+    ("config", "asked"),
+    [
+        (GPT2Config(n_head=2, n_embd=16, attn_pdrop=0.1), Asked(dropout=True)),
+        (GPT2Config(n_head=2, n_embd=16, attn_pdrop=0.0), Asked()),  # residuals and embeddings are dropped out still
+        (GPTNeoXConfig(hidden_size=32, num_attention_heads=2, attention_dropout=0.1), Asked(dropout=True)),
+        (GptOssConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=8), Asked(sinks=True)),
+    ],
+    ids=["gpt2", "gpt2, none of attention", "gpt_neox", "gpt_oss"],
+)
+def test_what_layers_hand_to_attention_is_asked_of_kernels_whatever_the_config_calls_it(config, asked):
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    assert asked_of(kind, config, training=False) == asked
+    attention = Attention.of(config, "cpu", torch.float32, None, asked)
+    assert {(need.dropout, need.blocks) for need in attention.alone} == {(asked.dropout, asked.sinks)}
+    assert {(need.dropout, need.blocks) for need in attention.in_ring} == {(asked.dropout, True)}
 
 
 def test_a_config_that_another_model_has_taken_over_is_refused():

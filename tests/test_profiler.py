@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import DeepseekV3Config, DiffLlamaConfig, Gemma4TextConfig
 
-from equality_ranks import pool
-from flexsp.parallel import prepare_model
+from equality_ranks import make_batch, pool
+from flexsp.parallel import forward_backward, prepare_model
+from flexsp.parallel.kinds import NOTHING
 from flexsp.parallel.needs import Attention
 from flexsp.profile import Layout
 from flexsp.profiler import load_or_measure, measure_profile, profile_path
@@ -15,6 +19,7 @@ from flexsp.profiler.make import exchange_bytes_per_token, exchange_columns
 from flexsp.profiler.memory import memory_limit
 from flexsp.profiler.splits import fastest, served
 from reference import build, small_config
+from test_equality import plan
 
 pytestmark = pytest.mark.alone
 
@@ -28,6 +33,49 @@ def test_exchanged_bytes_are_those_of_the_published_7b_profile():
     # four KV heads are repeated to eight at degree 8: queries, twice eight heads of keys and values, and the output
     config = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=4)
     assert exchange_columns(config, 8) == (4096 + 2 * 8 * 128, 4096)
+
+
+DEEPSEEK = dict(
+    n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, n_shared_experts=1, moe_intermediate_size=16,
+    first_k_dense_replace=1, q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+)  # fmt: skip
+SIZES = {key: value for key, value in small_config().to_dict().items() if key not in ("model_type", "head_dim")}
+WIDE = {
+    "llama": small_config(4, 4),
+    "GQA": small_config(4, 2),
+    "MQA, its KV head repeated": small_config(4, 1),
+    "deepseek_v3, keys and values of another width than its head_dim": DeepseekV3Config(
+        **{**SIZES, **DEEPSEEK, "num_key_value_heads": 4}
+    ),
+    "diffllama, two attentions a layer": DiffLlamaConfig(**SIZES),
+}
+
+
+def bytes_sent(config) -> int:
+    """Of this rank, in a step of one sequence of 20 tokens at degree 2 in fp64."""
+    model, groups = prepare_model(build(config, torch.float64)), pool()
+    batch = make_batch([20], plan(2, [([0, 1], [0])]), seed=0, masked=0.0)
+    before = groups.bytes_sent
+    forward_backward(model, batch, groups)
+    return groups.bytes_sent - before
+
+
+@pytest.mark.parametrize("config", WIDE.values(), ids=WIDE.keys())
+def test_what_is_counted_of_a_token_is_what_ranks_send(ranks, config):
+    """Of what a token's exchanges carry half stays on its rank."""
+    sent = sum(ranks(2).run(bytes_sent, config))
+    columns = sum(exchange_columns(config, 2)) * config.num_hidden_layers
+    assert sent == 20 * columns * 8 * 2 / 2
+    if config.num_key_value_heads % 2 == 0:
+        assert sent == 20 * exchange_bytes_per_token(config, torch.float64) / 2
+
+
+def test_layers_that_differ_are_counted_one_by_one():
+    """Of six layers of Gemma 4 the last has heads of 512 numbers, with as many KV heads as the others."""
+    config = Gemma4TextConfig(num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2)
+    numbers = (5 * 256 + 512) * (2 * 8 + 2 * 2)
+    assert exchange_bytes_per_token(config, torch.bfloat16) == 2 * 2 * numbers
+    assert exchange_columns(config, 2) == (-(-(5 * 256 + 512) * 12 // 6), -(-(5 * 256 + 512) * 8 // 6))
 
 
 def measured(folder: str) -> tuple[dict, dict]:
@@ -126,8 +174,7 @@ def test_splits_that_no_kernel_serves_are_not_measured(ranks):
 
 
 def test_a_degree_that_no_kernel_serves_is_named():
-    config = small_config(attention_dropout=0.1)
-    attention = Attention.of(config, "cpu", torch.float32, None)
+    attention = Attention.of(small_config(), "cpu", torch.float32, None, replace(NOTHING, dropout=True))
     both = [Layout(ulysses=2, ring=1), Layout(ulysses=1, ring=2)]
     assert served(attention, both, 2) == both[:1]
     with pytest.raises(ValueError, match=r"^sp_degree=2 cannot run: .*dropout.*; or leave the degree out of planner"):

@@ -27,6 +27,8 @@ STATES = {
 """What other layers do; those that are not here are attention of another kind."""
 LOCAL_ROPE_TYPES = ("dynamic", "longrope")
 """Rotary scalings that read the longest position of the tokens at hand: on a share of a row, the wrong one."""
+FIXED_BY_ALPHA = ("hunyuan_v1_dense", "hunyuan_v1_moe")
+"""Types of models that call a scaling "dynamic" which an `alpha` makes fixed."""
 
 
 def check_model(model: PreTrainedModel, exact: bool = True) -> None:
@@ -85,7 +87,8 @@ def _check_causal(kind: str, config: PreTrainedConfig) -> None:
 
 def _check_rope(kind: str, config: PreTrainedConfig) -> None:
     for parameters in _nested(getattr(config, "rope_parameters", None)):
-        if parameters.get("rope_type") in LOCAL_ROPE_TYPES:
+        fixed = config.model_type in FIXED_BY_ALPHA and parameters.get("alpha")
+        if parameters.get("rope_type") in LOCAL_ROPE_TYPES and not fixed:
             raise ValueError(
                 f"rope_type={parameters['rope_type']!r} of {kind} depends on the longest position of a rank's own "
                 f"tokens; use one of fixed scaling, e.g. 'yarn' or 'linear'"

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from flexsp.parallel.experts import is_expert
-from flexsp.parallel.small import POSITIONS, VOCABULARY, make_small, quiet
+from flexsp.parallel.small import DROPOUT, POSITIONS, VOCABULARY, make_small, quiet
 
 DENSE, APART = "flexsp-probe-dense", "flexsp-probe-apart"
 TOLERANCE = 1e-4
@@ -41,6 +41,18 @@ HARMLESS = {
 """Arguments of attention that do not change what plain attention computes."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a model's layers ask of attention beside what its config says of them all."""
+
+    sinks: bool = False
+    dropout: bool = False
+    """In training."""
+
+
+NOTHING = Asked()
+
+
 @dataclass(slots=True)
 class _Seen:
     """What attention layers were called with; handed through the model's forward as the real context is."""
@@ -51,9 +63,20 @@ class _Seen:
     masked: bool = False
     not_causal: str = ""
     """Class of a layer that sees later tokens."""
+    sinks: bool = False
+    dropout: bool = False
 
-    def note(self, module: torch.nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:
+    def note(
+        self,
+        module: torch.nn.Module,
+        attention_mask: Tensor | None,
+        s_aux: Tensor | None,
+        dropout: float,
+        arguments: dict[str, Any],
+    ) -> None:
         self.calls += 1
+        self.sinks |= s_aux is not None
+        self.dropout |= bool(dropout)
         self.masked |= attention_mask is not None
         self.strange |= {name for name, value in arguments.items() if value is not None and name not in HARMLESS}
         causal = arguments.get("is_causal")
@@ -89,7 +112,7 @@ def _dense(
 ) -> tuple[Tensor, None]:
     """What `flexsp_attention` computes for one sequence, written out."""
     if sp_context is not None:
-        sp_context.note(module, attention_mask, arguments)
+        sp_context.note(module, attention_mask, s_aux, dropout, arguments)
     groups = query.shape[1] // key.shape[1]
     k_NTH, v_NTV = (x[0].repeat_interleave(groups, dim=0) for x in (key, value))
     scores_NTT = query[0] @ k_NTH.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -127,7 +150,8 @@ def _apart(
 AttentionInterface.register(DENSE, _dense)
 AttentionInterface.register(APART, _apart)
 
-_FOUND: dict[tuple[type, str, bool], str | None] = {}
+_Key = tuple[type, str, bool]
+_FOUND: dict[_Key, tuple[str | None, Asked]] = {}
 
 
 def fault_of(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool = True) -> str | None:
@@ -140,29 +164,55 @@ def fault_of(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bo
         config: of the whole model.
         training: run it in training mode, so that what is random there shows.
     """
+    return _found(kind, config, training)[0]
+
+
+def asked_of(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool = True) -> Asked:
+    """What layers of this class and config ask for, as those of a small model do; arguments as of `fault_of`."""
+    return _found(kind, config, training)[1]
+
+
+def _found(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool) -> tuple[str | None, Asked]:
     key = (kind, json.dumps(config.to_dict(), sort_keys=True, default=str), training)
     if key not in _FOUND:
         with quiet():
-            _FOUND[key] = _probe(kind, config, training)
+            seen = _Seen()
+            fault = _probe(kind, config, training, seen)
+            _FOUND[key] = fault, Asked(sinks=seen.sinks, dropout=_drops_out(kind, config))
     return _FOUND[key]
 
 
-def _probe(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool) -> str | None:
+def _drops_out(kind: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether attention's weights are dropped out: configs call that in many ways, and some name it for no use.
+
+    Where no small model can be made, whatever is called dropout counts.
+    """
+    fields = config.get_text_config().to_dict().items()
+    if not any(type(value) is float and value > 0 and DROPOUT.search(name) for name, value in fields):
+        return False
+    seen = _Seen()
+    try:
+        _logits(make_small(kind, config, torch.float64, few_heads=True, dropout=True), DENSE, SEQUENCE, seen)
+    except Exception:  # of the model's own code
+        return True
+    return seen.dropout
+
+
+def _probe(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool, seen: _Seen) -> str | None:
     try:
         model = make_small(kind, config, torch.float64, few_heads=True).train(training)
         eager = _logits(model, "eager", SEQUENCE)
     except Exception as error:  # of the model's own code
         return f"{UNCHECKED} ({_line(error)})"
     try:
-        return _unlike_eager(model, eager) or _reaching_across(model) or _without_gradient(model)
+        return _unlike_eager(model, eager, seen) or _reaching_across(model) or _without_gradient(model)
     except Exception as error:  # likewise
         return f"its layers do not run on a share of a packed row ({_line(error)})"
 
 
-def _unlike_eager(model: Any, eager: Tensor) -> str | None:
+def _unlike_eager(model: Any, eager: Tensor, seen: _Seen) -> str | None:
     if not all(_close(_logits(model, "eager", SEQUENCE), eager) for _ in range(REPEATS)):
         return RANDOM
-    seen = _Seen()
     ours = _logits(model, DENSE, SEQUENCE, seen)
     if (fault := seen.fault()) is not None:
         return fault

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedConfig
 
+from flexsp.parallel.widths import attention_widths
 from flexsp.profile import Layout
 
 
 def heads_of(config: PreTrainedConfig) -> int:
     """What Ulysses ranks must divide: the attention heads, or where they differ by layer what divides all of them."""
-    text = config.get_text_config()
-    by_layer = getattr(text, "num_attention_heads_per_layer", None)
-    return math.gcd(*by_layer) if by_layer else int(text.num_attention_heads)
+    return math.gcd(*(each.heads for each in attention_widths(config)))
 
 
 def powers_of_two(most: int) -> list[int]:

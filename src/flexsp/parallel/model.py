@@ -13,6 +13,7 @@ from flexsp.parallel.attention import NAME
 from flexsp.parallel.check import check_model
 from flexsp.parallel.experts import give_experts_gradients
 from flexsp.parallel.groups import own_device
+from flexsp.parallel.kinds import asked_of
 from flexsp.parallel.needs import Attention
 from flexsp.parallel.policies import FULL, NONE
 
@@ -54,7 +55,9 @@ def prepare_model(
     check_model(model, exact)
     mesh = mesh or make_mesh()
     computed = param_dtype or next(model.parameters()).dtype
-    object.__setattr__(model, "_flexsp_attention", Attention.of(model.config, mesh.device_type, computed, attention))
+    asked = asked_of(type(model), model.config, training=exact)
+    needs = Attention.of(model.config, mesh.device_type, computed, attention, asked)
+    object.__setattr__(model, "_flexsp_attention", needs)
     model.set_attn_implementation(NAME)
     if reduce_dtype is None and param_dtype is not None:
         reduce_dtype = torch.float32

@@ -47,6 +47,7 @@ def small_config(
     hidden_size: int | None = None,
     head_dim: int | None = None,
     token_id: int | None = None,
+    dropout: bool = False,
 ) -> PreTrainedConfig:
     """The config of a small model of the kind of `config`, which is left as it is.
 
@@ -58,11 +59,13 @@ def small_config(
         hidden_size: by default a few numbers a head.
         head_dim: by default the model's own, where its config has that field.
         token_id: what padding, begin and end are; by default none.
+        dropout: keep the model's; by default there is none.
     """
     fields, name = config.to_dict(), _names(config)
     text = _text(config, fields)
     for key, value in fields.items():
-        if isinstance(value, dict) and key.endswith("_config") and value is not text:
+        other = key.endswith("_config") and key != "per_layer_config" and value is not text
+        if isinstance(value, dict) and other:
             _shrink_other(value)
     if "head_dim" in text and text["head_dim"] is None:  # it would follow the hidden size
         text["head_dim"] = text[name("hidden_size")] // text[name("num_attention_heads")]
@@ -71,7 +74,7 @@ def small_config(
     heads, count = text[name("num_attention_heads")], text[name("num_hidden_layers")]
     kept = _kept_layers(text, count, layers)
     _choose_layers(text, count, kept)
-    _shrink(text, window)
+    _shrink(text, window, dropout)
     changes = {
         "num_hidden_layers": len(kept),
         "hidden_size": hidden_size or heads * max(4, -(-32 // heads)),
@@ -154,15 +157,15 @@ def _choose_layers(text: dict[str, Any], count: int, kept: list[int]) -> None:
         }
 
 
-def _shrink(fields: dict[str, Any], window: int) -> None:
+def _shrink(fields: dict[str, Any], window: int, dropout: bool) -> None:
     """Caps of widths, experts and windows, in nested parts too."""
     for key, value in fields.items():
         if isinstance(value, dict):
-            _shrink(value, window)
+            _shrink(value, window, dropout)
         elif isinstance(value, list) and value and all(type(x) is int for x in value) and WIDTH.search(key):
             fields[key] = [min(x, 64) for x in value]
         elif type(value) is float and DROPOUT.search(key):
-            fields[key] = 0.0  # refused, or given up on, by name
+            fields[key] = value if dropout else 0.0  # refused, or given up on, by name
         elif type(value) is int and (cap := _cap(key, window)) is not None:
             fields[key] = min(value, cap)
 

@@ -18,6 +18,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 import flexsp
+from flexsp.parallel.widths import Widths, attention_widths
 from flexsp.profile import AllToAll, Compute, Memory, Policy, Profile
 from flexsp.profiler.fit import Fit
 from flexsp.profiler.memory import LEAST_MARGIN, memory_limit
@@ -214,24 +215,22 @@ def exchange_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> in
 
     KV heads count as the model has them: what a degree repeats of them is in its effective bandwidth.
     """
-    queries, kv = _widths(config)
-    return int((2 * queries + 2 * kv) * dtype.itemsize * config.get_text_config().num_hidden_layers * 2)
+    numbers = sum(sum(_columns(each, each.kv_heads)) for each in attention_widths(config))
+    return int(numbers * dtype.itemsize * 2)
 
 
 def exchange_columns(config: PreTrainedConfig, degree: int) -> tuple[int, int]:
-    """Numbers that a token sends at a degree: queries, keys and values (KV heads repeated), and the output."""
-    queries, kv = _widths(config)
-    heads = (
-        getattr(config.get_text_config(), "num_key_value_heads", None) or config.get_text_config().num_attention_heads
-    )
-    repeats = math.lcm(heads, degree) // heads
-    return queries + 2 * kv * repeats, queries
+    """Numbers that a token sends at a degree: queries, keys and values (KV heads repeated), and the output.
+
+    Of one layer, the mean of all where they differ.
+    """
+    widths, layers = attention_widths(config), config.get_text_config().num_hidden_layers
+    columns = [_columns(each, math.lcm(each.kv_heads, degree)) for each in widths]
+    there, back = (-(-sum(numbers) // layers) for numbers in zip(*columns, strict=True))
+    return there, back
 
 
-def _widths(config: PreTrainedConfig) -> tuple[int, int]:
-    """Numbers of a token's queries, and of its keys."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return heads * head_dim, kv_heads * head_dim
+def _columns(widths: Widths, kv_heads: int) -> tuple[int, int]:
+    """Numbers of a token's queries, keys and values, and of its output, with so many KV heads."""
+    there = widths.heads * widths.head_dim + kv_heads * (widths.head_dim + widths.value_dim)
+    return there, widths.heads * widths.value_dim
