@@ -17,7 +17,8 @@ MODULES = ("flexsp", "flexsp.parallel", "flexsp.data", "flexsp.profiler", "flexs
 HEAD = """# The public names
 
 Made by `make api` from the docstrings. What is not here may change without notice. `flexsp`, `flexsp.estimate` and
-`flexsp.distributions` need no torch. Loops that use these names are in [examples/](../examples).
+`flexsp.distributions` need no torch. Loops that use these names are in [examples/](../examples);
+[own_loop.md](own_loop.md) says what one must do.
 """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,7 @@ from flexsp.data.held_out import Documents
 from flexsp.data.options import SKIP
 from flexsp.data.rows import NOT_BROKEN, Reason
 from flexsp.parallel import GroupPool, check_degrees, default_layouts, powers_of_two, prepare_model
+from flexsp.parallel.control import PATIENCE
 from flexsp.parallel.model import make_mesh
 from flexsp.parallel.policies import policies_of
 from flexsp.planner.policies import policy_for
@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 ONE_DEGREE = ("static", "batch-adaptive")
 """Planners that choose no activation policy."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-PATIENCE = datetime.timedelta(days=7)
-"""How long ranks wait for those that tokenize on another node; one that dies is noticed at once."""
 
 
 def open_on_all_ranks(config: Config, track: Track = silent) -> TokenStore:

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from flexsp import jsonfields
 from flexsp.data import PlannedLoader, Sequences
-from flexsp.parallel import GroupPool
+from flexsp.parallel import GroupPool, save_pretrained
 from flexsp.parallel.control import from_first_rank
 from flexsp.planner import find_planner
 from flexsp.planner.policies import policy_for
@@ -25,7 +25,6 @@ from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
 from flexsp.train.evaluate import Evaluation, held_out_sequences
-from flexsp.train.export import save_pretrained
 from flexsp.train.failures import Guard, Say
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from flexsp import jsonfields as jf
+from flexsp.disk import sync
 from flexsp.parallel import GroupPool
 from flexsp.parallel.control import from_first_rank
 from flexsp.train.config import Config
-from flexsp.train.digests import sync
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from flexsp.train.build import PATIENCE
-from flexsp.train.digests import sync
+from flexsp.disk import sync
+from flexsp.parallel.control import PATIENCE
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,15 @@ log = logging.getLogger(__name__)
 def save_pretrained(model: PreTrainedModel, folder: str | Path) -> None:
     """Gathers the shards on rank 0, which writes what `from_pretrained` loads. A collective.
 
-    All ranks return once the folder has its name, so that they notice a rank 0 that ends before.
+    The model's own `save_pretrained` cannot: each rank holds a shard of it. All ranks return once the folder has its
+    name, so that they notice a rank 0 that ends before.
+
+    Args:
+        model: from `prepare_model`.
+        folder: to be written, by rank 0 alone; what is there is replaced once the new one is whole.
+
+    Raises:
+        OSError: on rank 0, which cannot write there.
     """
     # its own group: what takes rank 0 longer than a collective may take is no fault, and its end is noticed at once
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
