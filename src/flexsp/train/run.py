@@ -30,7 +30,7 @@ from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
 from flexsp.train.optimizers import check_optimizer
 from flexsp.train.ranks import joined_ranks
-from flexsp.train.resume import Start, check_data, resume_point
+from flexsp.train.resume import Start, check_data, resume_point, say_passed_over
 from flexsp.train.run_dir import held_folder
 from flexsp.train.sinks import check_sinks
 from flexsp.train.watch import Watch
@@ -101,6 +101,8 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
     guard.place.at("building the model")
     model = build.build_model(config.model, config.train.seed)
     sequences = build.check_fit(model, sequences, config.data)
+    if dist.get_rank() == 0:
+        say_passed_over(config, start, corpus.fingerprint, len(sequences.lengths))
     held_out = held_out_sequences(config, model, corpus, watch.display.tell)
     num_parameters = sum(p.numel() for p in model.parameters())
     log.info(
