@@ -17,7 +17,8 @@ MODULES = ("flexsp", "flexsp.parallel", "flexsp.data", "flexsp.profiler", "flexs
 HEAD = """# The public names
 
 Made by `make api` from the docstrings. What is not here may change without notice. `flexsp`, `flexsp.estimate` and
-`flexsp.distributions` need no torch. Loops that use these names are in [examples/](../examples).
+`flexsp.distributions` need no torch. Loops that use these names are in [examples/](../examples);
+[own_loop.md](own_loop.md) says what one must do.
 """
 
 
@@ -78,7 +79,10 @@ def described(doc: str) -> Iterator[str]:
 
 
 def fields(item: type) -> Iterator[str]:
-    """The fields of a dataclass, or the members of an enumeration, with the string under each."""
+    """What a class declares, with the string under each: fields, members of an enumeration, attributes.
+
+    Of a Protocol these are the attributes that it requires.
+    """
     said = strings_under(item)
     if dataclasses.is_dataclass(item):
         for each in dataclasses.fields(item):
@@ -87,6 +91,10 @@ def fields(item: type) -> Iterator[str]:
     elif issubclass(item, enum.Enum):
         for member in item:
             yield f"- `{member.name}` = `{member.value!r}`" + (f": {said[member.name]}" if member.name in said else "")
+        yield ""
+    elif declared := {name: kind for name, kind in inspect.get_annotations(item).items() if not name.startswith("_")}:
+        for name, kind in declared.items():
+            yield f"- `{name}: {kind}`" + (f": {said[name]}" if name in said else "")
         yield ""
 
 

@@ -1,20 +1,44 @@
 """Mixed sequence-parallel degrees in a training loop of your own.
 
-    torchrun --nproc-per-node 4 examples/own_loop.py
+    torchrun --nproc-per-node 4 examples/own_loop.py [FOLDER]
 
-flexsp's are the loader, the wired model, the pool of groups, and forward and backward. The rest is plain torch.
+flexsp's are the loader, the wired model, the pool of groups, forward and backward, and the saved model. The rest is
+plain torch. Started again, it goes on from the last checkpoint in FOLDER, on any number of ranks.
 """
+
+import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flexsp.data import Overlong, PlannedLoader, apply_context_limit, open_corpus
-from flexsp.parallel import GroupPool, forward_backward, prepare_model
+from flexsp.parallel import GroupPool, forward_backward, prepare_model, save_pretrained
 from flexsp.profiler import measure_profile
 
-STEPS = 5
+FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own_loop")
+STEPS, EVERY = 5, 3
+
+
+def save(model, optimizer, steps: int) -> None:
+    """Writes a checkpoint of so many steps. A collective."""
+    weights, states = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=FOLDER / str(steps))
+
+
+def load(model, optimizer) -> int:
+    """Takes up the last checkpoint, if there is one, and returns how many steps have been done. A collective."""
+    whole = FOLDER.glob("*/.metadata")  # which is written last
+    steps = max((int(path.parent.name) for path in whole), default=0)
+    if steps:
+        weights, states = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": states}, checkpoint_id=FOLDER / str(steps))
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
+    return steps
 
 
 def main() -> None:
@@ -35,15 +59,20 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(f"{touched.documents} documents of {touched.tokens:,} tokens are above the context limit and left out")
 
-    with PlannedLoader(sequences, profile, groups.control, batch_size=16, steps=STEPS) as loader:
+    first_step = load(model, optimizer)  # the position in the data is the step: seed and step say which sequences
+
+    with PlannedLoader(sequences, profile, groups.control, batch_size=16, steps=STEPS, first_step=first_step) as loader:
         for batch in loader:
-            result = forward_backward(model, batch, groups)
+            result = forward_backward(model, batch, groups)  # adds to .grad
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
             optimizer.step()
             optimizer.zero_grad()
             if dist.get_rank() == 0:
                 print(f"step {batch.step}: loss {result.loss:.3f}, grad_norm {grad_norm:.2f}, plan {batch.plan}")
+            if (batch.step + 1) % EVERY == 0:
+                save(model, optimizer, batch.step + 1)
+    save_pretrained(model, FOLDER / "model")
     dist.destroy_process_group()
 
 

@@ -22,6 +22,22 @@ MARKED = (
     "{% generation %}{{ m['content'] + '<end>' }}{% endgeneration %}{% else %}{{ m['content'] + '<end>' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+TOOLS = (
+    "{% if tools %}{{ '<user>' + tools | tojson + '<end>' }}{% endif %}"
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}{{ m['content'] }}"
+    "{% for call in m['tool_calls'] %}{{ call['function'] | tojson }}{% endfor %}{{ '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+MARKED_TOOLS = (
+    "{% if tools %}{{ '<user>' + tools | tojson + '<end>' }}{% endif %}"
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% for call in m['tool_calls'] %}{{ call['function'] | tojson }}{% endfor %}"
+    "{{ '<end>' }}{% endgeneration %}{% else %}{{ m['content'] + '<end>' }}{% endif %}{% endfor %}"
+)
+TOOLS_AT_THE_LAST = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% if loop.last %}{{ tools | tojson }}{% endif %}"
+    "{{ '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
 LAST_ONLY = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + (m['content'] if loop.last else '') + '<end>' }}{% endfor %}"
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pyarrow as pa
@@ -10,6 +11,8 @@ import pytest
 
 import small_tokenizers
 from flexsp.data import DataOptions, open_corpus
+from flexsp.data.encode import ChatRows
+from flexsp.data.tokenizers import load_tokenizer
 
 CHATS = [
     [("user", "the cat"), ("assistant", "the mat"), ("user", "and"), ("assistant", "the dog sat")],
@@ -19,6 +22,38 @@ CHATS = [
 ]
 ROWS = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in CHATS]
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "x"}}}}}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"properties": {"zone": {"type": "x"}}}}}
+ASKED, TOLD = {"name": "weather", "arguments": {"city": "héllo"}}, {"name": "clock", "arguments": {"zone": "the mat"}}
+TOOL_ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": "the cat"},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function", "function": ASKED}]},
+            {"role": "tool", "content": "the mat", "tool_call_id": "a"},
+            {"role": "assistant", "content": "the dog sat"},
+        ],
+        "tools": [WEATHER, CLOCK],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "and"},
+            {"role": "assistant", "content": "the end", "tool_calls": [{"type": "function", "function": TOLD}]},
+        ],
+        "tools": [CLOCK],
+    },
+    {"messages": [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "the cat"}], "tools": None},
+]
+"""Other keys in each row: Parquet gives them all to each, as nulls."""
+TOOL_CHATS = [
+    [
+        ("user", json.dumps([WEATHER, CLOCK])), ("user", "the cat"),
+        ("assistant", json.dumps(ASKED, ensure_ascii=False)), ("tool", "the mat"), ("assistant", "the dog sat"),
+    ],
+    [("user", json.dumps([CLOCK])), ("user", "and"), ("assistant", "the end" + json.dumps(TOLD))],
+    [("user", "the dog"), ("assistant", "the cat")],
+]  # fmt: skip
+
 
 def by_hand(tokenizer, chat, all_count: bool = False) -> tuple[list[int], list[int]]:
     """Each turn cut for itself: special tokens stand between them, across which nothing is merged."""
@@ -26,7 +61,7 @@ def by_hand(tokenizer, chat, all_count: bool = False) -> tuple[list[int], list[i
     for role, text in chat:
         head = tokenizer.encode(f"<{role}>", add_special_tokens=False)
         body = tokenizer.encode(f"{text}<end>", add_special_tokens=False)
-        if role == "system":  # no special token: merged with what follows
+        if role in ("system", "tool"):  # no special token: merged with what follows
             head, body = [], tokenizer.encode(f"<{role}>{text}<end>", add_special_tokens=False)
         tokens += head + body
         labels += [-100] * len(head) + (body if role == "assistant" or all_count else [-100] * len(body))
@@ -118,6 +153,137 @@ def test_broken_chats_are_named_or_counted(tmp_path, opened, row, message):
         opened(tmp_path / "chats.jsonl", **options)
     assert len(opened(tmp_path / "chats.jsonl", on_broken="skip", **options).lengths) == 2
     assert good
+
+
+def with_nulls(value, keys=("city", "zone", "tool_calls", "content")):
+    """As rows are that were exported with the keys of all."""
+    if isinstance(value, dict):
+        return {key: with_nulls(each) for key, each in value.items()} | {key: None for key in keys if key not in value}
+    return [with_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def nested(depth):
+    return json.loads("[" * depth + "]" * depth)
+
+
+TOOL_FILES = {
+    "plain.jsonl": TOOL_ROWS,
+    "nulls.jsonl": [with_nulls(row) for row in TOOL_ROWS],
+    "text.jsonl": [{**row, "tools": json.dumps(row["tools"])} for row in TOOL_ROWS],
+    "absent.jsonl": [*TOOL_ROWS[:2], {"messages": TOOL_ROWS[2]["messages"]}],
+    "structs.parquet": TOOL_ROWS,
+    "text.parquet": [{**row, "tools": row["tools"] and json.dumps(row["tools"])} for row in TOOL_ROWS],
+}
+
+
+def write_rows(path, rows) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", TOOL_FILES)
+@pytest.mark.parametrize("template", ["TOOLS", "MARKED_TOOLS"])
+def test_tools_are_rendered_and_calls_have_labels(tmp_path, opened, template, name):
+    tokenizer = small_tokenizers.byte_pairs(tmp_path / "bpe", getattr(small_tokenizers, template))
+    write_rows(tmp_path / name, TOOL_FILES[name])
+    corpus = opened(tmp_path / name, tokenizer=str(tmp_path / "bpe"))
+    for document, chat in enumerate(TOOL_CHATS):
+        tokens, labels = corpus.read(document, 0, int(corpus.lengths[document]))
+        assert tokenizer.decode(tokens) == "".join(f"<{role}>{text}<end>" for role, text in chat)
+        assert (tokens.tolist(), labels.tolist()) == by_hand(tokenizer, chat)
+
+
+def test_a_data_sets_tools_are_rendered(tmp_path, opened):
+    datasets = pytest.importorskip("datasets")
+    tokenizer = small_tokenizers.byte_pairs(tmp_path / "bpe", small_tokenizers.TOOLS)
+    datasets.Dataset.from_list(TOOL_ROWS).save_to_disk(str(tmp_path / "set"))
+    corpus = opened(tmp_path / "set", tokenizer=str(tmp_path / "bpe"), train_on="all")
+    for document, chat in enumerate(TOOL_CHATS):
+        tokens, _ = corpus.read(document, 0, int(corpus.lengths[document]))
+        assert tokens.tolist() == by_hand(tokenizer, chat)[0]
+
+
+CALL = [{"type": "function", "function": ASKED}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tools": "weather"}, r"row 1: tools='weather' is malformed JSON \(Expecting value"),
+        ({"tools": '[{"name": 1, "name": 2}]'}, r"row 1: tools=.* is malformed JSON \(the field 'name' is there twice"),
+        ({"tools": {"name": "weather"}}, r"row 1: tools=\{'name': 'weather'\} must be a list of JSON schemas, or its"),
+        ({"tools": ["weather"]}, r"row 1: tools=\['weather'\] must be a list of JSON schemas"),
+        ({"tools": "7"}, r"row 1: tools='7' must be a list of JSON schemas"),
+        (
+            {"messages": [{"role": "assistant", "content": None}]},
+            r"row 1: turn 0: .* must have content as text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
+            r"row 1: turn 0: .* must have content as text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [], "tool_calls": CALL}]},
+            r"row 1: turn 0: .* must have content as text",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": "weather"}]},
+            r"row 1: turn 0: tool_calls='weather' must be a list of objects",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": 7.5}]}]},
+            r"row 1: the chat template does not take it \(no function\)",
+        ),
+        (
+            {"tools": [{"a": nested(900)}]},
+            r"row 1: (it is nested too deeply; write it|the chat template does not take)",
+        ),
+    ],
+)
+def test_broken_tools_are_named_or_counted(tmp_path, opened, row, message):
+    check = "{% if call['function'] is not mapping %}{{ raise_exception('no function') }}{% endif %}"
+    template = small_tokenizers.TOOLS.replace("{{ call", check + "{{ call")
+    small_tokenizers.byte_pairs(tmp_path / "bpe", template)
+    write_rows(tmp_path / "chats.jsonl", [ROWS[0], {**ROWS[0], **row}, ROWS[0]])
+    options = {"tokenizer": str(tmp_path / "bpe"), "messages": "messages"}
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path / "chats.jsonl", **options)
+    assert len(opened(tmp_path / "chats.jsonl", on_broken="skip", **options).lengths) == 2
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_what_a_template_would_leave_out_is_refused(tmp_path, opened, train_on):
+    """It would be trained on calls of tools that it never saw."""
+    small_tokenizers.byte_pairs(tmp_path / "bpe", small_tokenizers.PLAIN)
+    options = {"tokenizer": str(tmp_path / "bpe"), "train_on": train_on}
+    write_rows(tmp_path / "tools.jsonl", [ROWS[0], {**ROWS[0], "tools": [WEATHER]}])
+    with pytest.raises(ValueError, match=r"row 1: the row has tools, which the chat template does not write; give a"):
+        opened(tmp_path / "tools.jsonl", **options)
+    write_rows(tmp_path / "calls.jsonl", [ROWS[0], {"messages": TOOL_ROWS[1]["messages"]}])
+    with pytest.raises(ValueError, match=r"row 1: the row has tool_calls, which the chat template does not write"):
+        opened(tmp_path / "calls.jsonl", **options)
+    write_rows(tmp_path / "none.jsonl", [{**ROWS[0], "tools": []}, {**ROWS[0], "tools": None}])
+    assert len(opened(tmp_path / "none.jsonl", **options).lengths) == 2
+
+
+def test_tools_that_move_with_the_last_turn_are_refused_unless_all_count(tmp_path, opened):
+    small_tokenizers.byte_pairs(tmp_path / "bpe", small_tokenizers.TOOLS_AT_THE_LAST)
+    write_rows(tmp_path / "chats.jsonl", [{**ROWS[0], "tools": [WEATHER]}])
+    with pytest.raises(ValueError, match=r"row 0: turn 1: the chat template writes a chat up to this turn otherwise"):
+        opened(tmp_path / "chats.jsonl", tokenizer=str(tmp_path / "bpe"))
+    assert len(opened(tmp_path / "chats.jsonl", tokenizer=str(tmp_path / "bpe"), train_on="all").lengths) == 1
+
+
+def test_stores_of_chats_from_before_tools_are_made_anew(tmp_path):
+    small_tokenizers.byte_pairs(tmp_path / "bpe", small_tokenizers.TOOLS)
+    tokenizer = load_tokenizer(str(tmp_path / "bpe"))
+    before = hashlib.sha256(json.dumps(["chat", tokenizer.key, "messages", "assistant"]).encode()).hexdigest()
+    now = ChatRows(tokenizer, "messages", "assistant")
+    assert now.key != before
+    assert now.columns == ("messages", "tools")
+    assert ChatRows(tokenizer, "tools", "assistant").columns == ("tools",)
 
 
 def test_chats_need_a_template(rows, opened):

@@ -21,7 +21,7 @@ import checkpoint_ranks as do
 from flexsp.train import safe_load
 from flexsp.train.checkpoint import FOLDER, PART, ids_sha256, saved_checkpoints
 from flexsp.train.digests import STATE, SUFFIX, check_digests
-from flexsp.train.resume import check_order, find_start, say_versions
+from flexsp.train.resume import check_order, find_start, say_passed_over, say_versions
 from flexsp.train.run_dir import write_began
 from rank_pool import RanksFailed
 
@@ -164,6 +164,39 @@ def test_another_order_of_the_data_is_an_error_and_other_versions_are_a_warning(
     assert not caplog.records
     say_versions(replace(start, state={**start.state, "versions": {**start.state["versions"], "numpy": "1.0"}}))
     assert f"numpy '1.0' -> {np.__version__}" in caplog.text and "torch" not in caplog.text
+
+
+def test_data_that_another_run_s_step_passes_over_is_said(saved, tmp_path, caplog):
+    logging.getLogger("flexsp").propagate = True
+    config = config_with(tmp_path, "checkpoint", resume=str(saved))
+    own = replace(find_start(config), state={**find_start(config).state, "data": {"fingerprint": "a"}}, steps=20)
+    other = replace(own, own=False)
+    say_passed_over(config, None, "a", 5000)
+    say_passed_over(config, own, "b", 5000)  # an error of its own
+    say_passed_over(config, other, "a", 5000)  # the same order, which goes on
+    say_passed_over(config, replace(other, steps=0), "b", 5000)
+    say_passed_over(config, replace(other, state={**other.state, "data": {}}), "b", 5000)  # nobody knows
+    assert not caplog.records
+    say_passed_over(config, other, "b", 5000)
+    (said,) = caplog.messages
+    assert (
+        "in another order (now other data); its step 20 is taken over, so that the first 640 sequences of the new"
+        in said
+    )
+    assert (
+        "of 5,000 in a pass, are passed over; to begin the data at 0, give the model that the run saved as model."
+        in said
+    )
+    for section, changes, shown in (
+        ("train", {"seed": 3}, "(now train.seed=3 instead of 0)"),
+        ("train", {"batch_size": 50}, "(now train.batch_size=50 instead of 32)"),
+        ("data", {"max_length": 128}, "(now data.max_length=128 instead of 256)"),
+        ("data", {"held_out": 5}, "(now data.held_out=5 instead of 0)"),
+    ):
+        caplog.clear()
+        say_passed_over(config_with(tmp_path, section, **changes), other, "a", 5000)
+        assert shown in caplog.text and "\n" not in caplog.messages[0]
+        assert f"the first {1000 if 'batch_size' in changes else 640:,} sequences" in caplog.text
 
 
 # ---- reading

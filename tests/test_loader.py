@@ -35,7 +35,7 @@ def test_every_epoch_has_every_sequence_once_in_another_order():
 
 
 class Corpus:
-    name, num_empty, max_token = "test", 0, 5
+    name, num_empty = "test", 0
     lengths = np.random.default_rng(0).integers(1, 150, 50)
 
     def describe(self, document):

@@ -69,18 +69,21 @@ def test_without_locks_a_run_goes_on_with_a_warning(launcher):
 
 
 def test_another_learning_rate_for_another_run_s_checkpoint_then_sigterm_and_the_same_command(folder, launcher):
-    launcher.run("none", "--run.dir", "first", *ROWS, "--train.steps", "4", "--train.lr", "0.001")
+    first = launcher.run("none", "--run.dir", "first", *ROWS, "--train.steps", "4", "--train.lr", "0.001")
+    assert first.statuses == [0, 0], first.err
     flags = (
         "--run.dir", "second", "--checkpoint.resume", "first/checkpoints/step-00000002", "--checkpoint.every", "50",
-        "--train.steps", "8", "--train.lr", "0.5", "--train.lr_schedule", "linear",
+        "--train.steps", "8", "--train.lr", "0.5", "--train.lr_schedule", "linear", "--train.seed", "7",
     )  # fmt: skip
     stopped = launcher.run("sigterm_in_step", *flags)
-    assert stopped.statuses == [0, 0]
+    assert stopped.statuses == [0, 0], stopped.err
     assert "stopped by SIGTERM after step 3 of 8, saved; the same command goes on" in stopped.out
+    assert "(now train.seed=7 instead of 0); its step 2 is taken over, so that the first " in stopped.out
     ended = launcher.run("none", *flags)
     assert ended.statuses == [0, 0], ended.err
     assert "going on after step 3 of 8, from second/checkpoints/step-00000003" in ended.out
     assert "the run in second began from " in ended.out
+    assert "is taken over" not in ended.out
     rates = {step: row["lr"] for step, row in last_rows(folder / "second" / METRICS).items()}
     assert rates == {step: pytest.approx(0.5 * (8 - step) / 8) for step in range(2, 8)}
 

@@ -1,6 +1,6 @@
 """From a corpus and a plan to the tensors of one rank."""
 
-from flexsp.batches import Overlong
+from flexsp.batches import Overlong, Touched
 from flexsp.data.batch import PlannedBatch, RankMicroBatch
 from flexsp.data.corpus import Corpus, TokenStore, open_corpus
 from flexsp.data.held_out import hold_out
@@ -17,6 +17,7 @@ __all__ = [
     "RankMicroBatch",
     "Sequences",
     "TokenStore",
+    "Touched",
     "apply_context_limit",
     "hold_out",
     "open_corpus",

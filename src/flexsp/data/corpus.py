@@ -33,12 +33,11 @@ class Corpus(Protocol):
     """
 
     name: str
+    """What errors and logs call it."""
     lengths: LengthArray
     """(documents,) tokens, each at least 1."""
     num_empty: int
-    """Documents of no token, which were left out."""
-    max_token: int
-    """No token id, and no label, is above it."""
+    """Documents of no token, which were left out; for the log."""
 
     def read(self, document: int, start: int, stop: int) -> tuple[IntArray, IntArray]:
         """Tokens [start, stop) of a document and the label of each token itself (not shifted)."""
@@ -82,22 +81,34 @@ def open_corpus(
 class TokenStore:
     """Documents of tokens in memory-mapped files; a Corpus."""
 
+    name: str
+    """What `open_corpus` was given."""
+    lengths: LengthArray
+    """(documents,) tokens, each at least 1."""
+    largest: npt.NDArray[np.uint32]
+    """(documents,) the largest token id or label of each."""
+    max_token: int
+    """The largest of all; 0 where there is no document."""
+    left_out: Mapping[str, tuple[int, str]]
+    """Rows that are no documents, by reason: how many, and the first as an error would name it."""
+    num_empty: int
+    """Of these, rows of no token."""
+    num_broken: int
+    """Of these, rows with something wrong."""
+    num_made: int
+    """Shards that had to be made; the others were there."""
+
     def __init__(self, recipe: Recipe, made: Built) -> None:
         self.name = recipe.source.name
-        self.num_made: int = made.num_made
-        """Shards that had to be made; the others were there."""
+        self.num_made = made.num_made
         self._source, self._pieces, self._shards = recipe.source, made.pieces, made.shards
         self._firsts = np.cumsum([0, *(shard.documents for shard in made.shards)])
         self._offsets = [shard.offsets() for shard in made.shards]
         none = np.empty(0, dtype=np.int64)
         self.lengths = np.concatenate([none, *(np.diff(offsets) for offsets in self._offsets)])
-        self.largest: npt.NDArray[np.uint32] = np.concatenate(
-            [none.astype(np.uint32), *(shard.largest() for shard in made.shards)]
-        )
-        """(documents,) the largest token id or label of each."""
+        self.largest = np.concatenate([none.astype(np.uint32), *(shard.largest() for shard in made.shards)])
         self.max_token = int(self.largest.max(initial=0))
         self.left_out = _left_out(recipe, made)
-        """Rows that are no documents, by reason: how many, and the first as an error would name it."""
         self.num_empty = self.left_out.get(Reason.EMPTY, (0, ""))[0]
         self.num_broken = sum(count for reason, (count, _) in self.left_out.items() if reason not in NOT_BROKEN)
         self._begin_maps()

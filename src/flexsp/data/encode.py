@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flexsp import jsonfields as jf
-from flexsp.data.chat import Chats
+from flexsp.data.chat import TOOLS, Chats
 from flexsp.data.options import DataOptions
 from flexsp.data.packing import IntArray
 from flexsp.data.rows import (
@@ -107,18 +107,18 @@ class RawRows:
 
 
 class ChatRows:
-    """Rows with a column of chats."""
+    """Rows with a column of chats and, where there, `tools`."""
 
     def __init__(self, tokenizer: Tokenizer, column: str, train_on: str) -> None:
         self._chats = Chats(tokenizer, train_on)
-        self.columns: tuple[str, ...] = (column,)
-        self.key = _key("chat", tokenizer.key, column, train_on)
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys((column, TOOLS)))
+        self.key = _key("chat", tokenizer.key, self.columns, train_on)  # shards of before know no tools
 
     def encode(self, rows: Sequence[Row]) -> list[Document | BadRow]:
         return [attempt(self._document, row) for row in rows]
 
     def _document(self, row: Mapping[str, Any]) -> Document:
-        return self._chats.document(cell(row, self.columns[0]))
+        return self._chats.document(cell(row, self.columns[0]), *(row.get(column) for column in self.columns[1:]))
 
 
 def choose_encoder(options: DataOptions, columns: Sequence[str] | None, where: str, model_path: str) -> Encoder:

@@ -32,6 +32,9 @@ class PlannedLoader:
     checks it against the rules, and reads its own tokens ahead. Close it, or use it as a context manager.
     """
 
+    fallbacks: int
+    """Steps so far that `fallback` planned."""
+
     def __init__(
         self,
         sequences: Sequences,
@@ -95,7 +98,6 @@ class PlannedLoader:
             PlansAhead(profile, planner, options or {}, plan_timeout_s, fallback) if dist.get_rank() == 0 else None
         )
         self.fallbacks = 0
-        """Steps so far that `fallback` planned."""
         self._submit(first_step + plan_ahead)
 
     def __iter__(self) -> Iterator[PlannedBatch]:

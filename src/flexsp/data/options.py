@@ -18,7 +18,8 @@ class DataOptions:
     text: str = ""
     """The column of text; empty: `text`, where rows have it."""
     messages: str = ""
-    """The column of chats, lists of {role, content}; empty: `messages`, where rows have it."""
+    """The column of chats, lists of {role, content}; empty: `messages`, where rows have it. A column `tools` beside it
+    holds what the assistant may call."""
     train_on: str = ASSISTANT
     """Which tokens of a chat have labels: assistant (its turns alone) or all."""
     eos: bool = True

@@ -8,6 +8,7 @@ from transformers import AttentionInterface
 from flexsp.parallel.agreement import PlanMismatchError, RankError
 from flexsp.parallel.attention import NAME, SPContext, flexsp_attention
 from flexsp.parallel.check import check_model
+from flexsp.parallel.export import save_pretrained
 from flexsp.parallel.groups import GroupPool
 from flexsp.parallel.layouts import check_degrees, default_layouts, layouts_of, powers_of_two
 from flexsp.parallel.model import make_mesh, prepare_model
@@ -31,4 +32,5 @@ __all__ = [
     "make_mesh",
     "powers_of_two",
     "prepare_model",
+    "save_pretrained",
 ]

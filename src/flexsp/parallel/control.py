@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from flexsp.parallel.groups import GroupPool
 
 Made = TypeVar("Made")
+PATIENCE = datetime.timedelta(days=7)
+"""How long ranks wait for one that tokenizes or writes a model; if it dies, they notice at once."""
 
 
 def from_first_rank(make: Callable[[], Made], groups: GroupPool) -> Made:

@@ -27,6 +27,13 @@ class GroupPool:
     Placement is aligned, so with powers of two a run on N ranks needs at most 2N-1 different groups.
     """
 
+    device: torch.device
+    """What this rank's tensors are exchanged on."""
+    transport: str
+    """"groups" or "peers"."""
+    control: dist.ProcessGroup
+    """All ranks, on the CPU: plans, digests and counts travel here, apart from the tensors."""
+
     def __init__(self, timeout: datetime.timedelta | None = None, transport: str | None = None) -> None:
         """A collective: on all ranks, with the same arguments; on CUDA after `torch.cuda.set_device`.
 
@@ -39,16 +46,13 @@ class GroupPool:
             ValueError: no such transport.
         """
         self.device = own_device()
-        """What this rank's tensors are exchanged on."""
         self.transport = transport or DEFAULT_TRANSPORT[self.device.type]
-        """"groups" or "peers"."""
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport={transport!r} is none of {sorted(TRANSPORTS)}; name one of them")
         self._opener = TRANSPORTS[self.transport](timeout, self.device)
         self._channels: dict[Ranks, GroupChannel | None] = {}
         self._grown_bytes: int | None = 0
-        self.control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
-        """All ranks, on the CPU: plans, digests and counts travel here, apart from the tensors."""
+        self.control = dist.new_group(backend="gloo", timeout=timeout)
 
     @property
     def num_groups(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,9 @@ from flexsp.data.held_out import Documents
 from flexsp.data.options import SKIP
 from flexsp.data.rows import NOT_BROKEN, Reason
 from flexsp.data.sequences import without_unlabelled
+from flexsp.data.tokenizers import BYTES, has_tokenizer
 from flexsp.parallel import GroupPool, check_degrees, default_layouts, powers_of_two, prepare_model
+from flexsp.parallel.control import PATIENCE
 from flexsp.parallel.model import make_mesh
 from flexsp.parallel.policies import policies_of
 from flexsp.planner.policies import policy_for
@@ -36,9 +37,6 @@ log = logging.getLogger(__name__)
 ONE_DEGREE = ("static", "batch-adaptive")
 """Planners that choose no activation policy."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-PATIENCE = datetime.timedelta(days=7)
-"""How long ranks wait for those that tokenize on another node; one that dies is noticed at once."""
 
 
 def open_on_all_ranks(config: Config, track: Track = silent) -> TokenStore:
@@ -185,6 +183,13 @@ def _within_vocabulary(sequences: Sequences, vocab_size: int, data: DataConfig) 
         offsets=sequences.offsets[kept],
         lengths=sequences.lengths[kept],
     )
+
+
+def tokenizer_of(config: Config) -> str:
+    """Where the tokenizer of a run's model lies; empty: there is none, or tokens are bytes."""
+    in_model = config.model.path if has_tokenizer(config.model.path) else ""
+    named = config.data.tokenizer or in_model
+    return "" if named == BYTES else named
 
 
 def prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:

@@ -31,15 +31,6 @@ def write_digests(folder: Path, names: Iterable[str], file: str) -> None:
         os.fsync(listed.fileno())
 
 
-def sync(path: Path) -> None:
-    """Returns once a file, or the names in a folder, will outlive a power loss."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
 def check_digests(folder: Path, needed: Iterable[str], part: int = 0, parts: int = 1) -> None:
     """Compares one of `parts` of the files: each of the ranks that load takes another.
 

@@ -44,6 +44,8 @@ MAY_CHANGE = (
 """Keys of those sections that may change: where model and tokens lie, not what they are; what ends a run."""
 OF_ANY_RUN = ("model", "train.optimizer")
 """What must be the same where a run goes on from another run's checkpoint."""
+ORDER = ("train.seed", "train.batch_size", "data.held_out", "data.max_length", "data.overlong")
+"""What decides, with the tokens, which sequences a step trains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +247,36 @@ def check_order(config: Config, start: Start, next_ids: IntArray) -> None:
         f"train.seed={config.train.seed} gives step {start.steps} other sequences than {start.path} foresaw, with "
         f"numpy {versions()['numpy']} instead of {was}; install that one, or give another run.dir"
     )
+
+
+def say_passed_over(config: Config, start: Start | None, fingerprint: str, num_sequences: int) -> None:
+    """Warns where a run takes up another run's step, but not the data of which that was the position.
+
+    Args:
+        config: of the run.
+        start: the checkpoint, if any.
+        fingerprint: of the tokens; see `TokenStore.fingerprint`.
+        num_sequences: of one pass over the data.
+    """
+    if start is None or start.own or not start.steps:
+        return
+    where = str(start.path / STATE)
+    saved = jf.as_object(jf.required(start.state, "config", where), f"{where}: config")
+    changed = [
+        f"{key}={is_now!r} instead of {jf.short(was)}"
+        for key, was, is_now in _changed(saved, config, ORDER, f"{where}: config")
+    ]
+    before = jf.as_object(start.state.get("data", {}), f"{where}: data")  # an older checkpoint has none
+    if before and before.get("fingerprint") != fingerprint:
+        changed.insert(0, "other data")
+    if not changed:
+        return
+    log.warning(
+        "checkpoint: %s was trained on data in another order (now %s); its step %d is taken over, so that the first %s "
+        "sequences of the new order, of %s in a pass, are passed over; to begin the data at 0, give the model that the "
+        "run saved as model.path instead of checkpoint.resume",
+        start.path, ", ".join(changed), start.steps, f"{start.steps * config.train.batch_size:,}", f"{num_sequences:,}",
+    )  # fmt: skip
 
 
 def say_versions(start: Start) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from flexsp import jsonfields
 from flexsp.data import PlannedLoader, Sequences
-from flexsp.parallel import GroupPool
+from flexsp.parallel import GroupPool, save_pretrained
 from flexsp.parallel.control import from_first_rank
 from flexsp.planner import find_planner
 from flexsp.planner.policies import policy_for
@@ -25,13 +25,12 @@ from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
 from flexsp.train.evaluate import Evaluation, held_out_sequences
-from flexsp.train.export import save_pretrained, tokenizer_of
 from flexsp.train.failures import Guard, Say
 from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
 from flexsp.train.optimizers import check_optimizer
 from flexsp.train.ranks import joined_ranks
-from flexsp.train.resume import Start, check_data, resume_point
+from flexsp.train.resume import Start, check_data, resume_point, say_passed_over
 from flexsp.train.run_dir import held_folder
 from flexsp.train.sinks import check_sinks
 from flexsp.train.watch import Watch
@@ -102,6 +101,8 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
     guard.place.at("building the model")
     model = build.build_model(config.model, config.train.seed)
     sequences = build.check_fit(model, sequences, config.data)
+    if dist.get_rank() == 0:
+        say_passed_over(config, start, corpus.fingerprint, len(sequences.lengths))
     held_out = held_out_sequences(config, model, corpus, watch.display.tell)
     num_parameters = sum(p.numel() for p in model.parameters())
     log.info(
@@ -136,7 +137,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
             return
         guard.place.at("saving the model")  # before anything else that may fail
         if config.run.save_model:
-            save_pretrained(model, folder / "model", tokenizer_of(config))
+            save_pretrained(model, folder / "model", build.tokenizer_of(config))
         guard.place.at("comparing planners")
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
     if compared and policy_for(learner.profile, config.data.max_length):

@@ -21,10 +21,10 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from flexsp import jsonfields as jf
+from flexsp.disk import sync
 from flexsp.parallel import GroupPool
 from flexsp.parallel.control import from_first_rank
 from flexsp.train.config import Config
-from flexsp.train.digests import sync
 from flexsp.train.roll_call import ranks_text
 
 log = logging.getLogger(__name__)

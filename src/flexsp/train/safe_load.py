@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from flexsp.train.digests import MISSING, STATE, Damaged, check_digests, sync, write_digests
+from flexsp.disk import sync
+from flexsp.train.digests import MISSING, STATE, Damaged, check_digests, write_digests
 
 METADATA = "torch.distributed.checkpoint.metadata"
 NAMES = {

@@ -11,30 +11,26 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
-from flexsp.data.tokenizers import BYTES, has_tokenizer, load_wrapped
-from flexsp.train.build import PATIENCE
-from flexsp.train.config import Config
-from flexsp.train.digests import sync
+from flexsp.data.tokenizers import load_wrapped
+from flexsp.disk import sync
+from flexsp.parallel.control import PATIENCE
 
 log = logging.getLogger(__name__)
-
-
-def tokenizer_of(config: Config) -> str:
-    """Where the tokenizer of a run's model lies; empty: there is none, or tokens are bytes."""
-    in_model = config.model.path if has_tokenizer(config.model.path) else ""
-    named = config.data.tokenizer or in_model
-    return "" if named == BYTES else named
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | Path, tokenizer: str = "") -> None:
     """Gathers the shards on rank 0, which writes what `from_pretrained` loads. A collective.
 
-    All ranks return once the folder has its name, so that they notice a rank 0 that ends before.
+    The model's own `save_pretrained` cannot: each rank holds a shard of it. All ranks return once the folder has its
+    name, so that they notice a rank 0 that ends before.
 
     Args:
         model: from `prepare_model`.
-        folder: to write; one that is there is replaced.
+        folder: to be written, by rank 0 alone; what is there is replaced once the new one is whole.
         tokenizer: where one lies that is to be in the folder too; empty: none. One that cannot be is a warning.
+
+    Raises:
+        OSError: on rank 0, which cannot write there.
     """
     # its own group: what takes rank 0 longer than a collective may take is no fault, and its end is noticed at once
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
