@@ -177,10 +177,10 @@ def loops() -> None:
 def build_of(strike: Callable[[], Any]) -> None:
     honest = build.build_model
 
-    def struck(*arguments):
+    def struck(*arguments, **options):
         if here():
             strike()
-        return honest(*arguments)
+        return honest(*arguments, **options)
 
     build.build_model = struck
 
@@ -204,10 +204,10 @@ def asked_early() -> None:
 def all_asked_early() -> None:
     honest = build.build_model
 
-    def struck(*arguments):
+    def struck(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2 if here() else 60)
-        return honest(*arguments)
+        return honest(*arguments, **options)
 
     build.build_model = struck
 
@@ -308,22 +308,22 @@ def other_profile() -> None:
     configured("--planner.profile", "profile-of-another-node.json")
 
 
-def other_seed() -> None:
-    honest = build.build_model
-    build.build_model = lambda config, seed: honest(config, seed + here())
+def other_model() -> None:
+    """Its files are others: a layer computes something else with rank 0's weights."""
+    configured("--model.path", "model-of-another-node")
 
 
-def one_other_weight() -> None:
-    honest = build.build_model
+def other_architecture() -> None:
+    honest = build.AutoModelForCausalLM.from_config
 
-    def struck(*arguments):
-        model = honest(*arguments)
-        if here():
-            with torch.no_grad():
-                model.model.norm.weight[-1] += 1e-6
+    def struck(config, **options):
+        config.num_hidden_layers += 1
+        model = honest(config, **options)
+        config.num_hidden_layers -= 1
         return model
 
-    build.build_model = struck
+    if here():
+        build.AutoModelForCausalLM.from_config = struck
 
 
 def full(stream: int) -> None:

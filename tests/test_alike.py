@@ -1,14 +1,19 @@
-"""Ranks that were not started alike end with one error that names what differs; each trained wrongly before."""
+"""Ranks that were not started alike end with one error that names what differs; each trained wrongly before.
+
+Weights cannot differ: they are rank 0's.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
-import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fault_runs import one_line
-from flexsp.train.alike import _sum_of_bits
 
 SAME = r": it must be the same on all ranks; start all nodes with one configuration and the same packages"
 
@@ -22,13 +27,9 @@ SAME = r": it must be the same on all ranks; start all nodes with one configurat
         ("other_kind_of_place", rf"planner\.profile=True on rank 0, False on rank 1{SAME}"),
         ("other_version", rf"version of numpy='[0-9.]+' on rank 0, '1\.0\.7' on rank 1{SAME}"),
         (
-            "other_seed",
-            r"train\.seed=0: rank 1 would begin with other weights than rank 0, first in model\.embed_tokens\.weight; "
-            r"nodes whose processors round differently draw others; save a model once and give it as model\.path",
-        ),
-        (
-            "one_other_weight",
-            r"train\.seed=0: rank 1 would begin with .* than rank 0, first in model\.norm\.weight; .*",
+            "other_architecture",
+            r"model=LlamaForCausalLM: rank 1 has a trainable parameter of shape \(32, 32\) as "
+            r"model\.layers\.2\.self_attn\.q_proj\.weight, rank 0 nothing; build the same model on all ranks",
         ),
     ],
 )
@@ -53,13 +54,57 @@ def test_where_a_node_keeps_things_may_differ(launcher):
     assert (ended.statuses, ended.err) == ([0, 0], "")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1, 3, 64, 1001])
-def test_the_sum_of_bits_sees_one_bit_anywhere(dtype, size):
-    values = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = _sum_of_bits(values)
-    assert before == _sum_of_bits(values.clone()) and 0 <= before < 2**64
-    for at in (0, size // 2, size - 1):
-        other = values.clone()
-        other.view(torch.uint8)[at * dtype.itemsize] ^= 1
-        assert _sum_of_bits(other) != before
+def save_model(folder: Path, **changes: object) -> None:
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    written = folder / "config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | changes))
+
+
+PATH = ("--model.config", "{}", "--model.path", "model")
+
+
+def test_a_node_whose_model_computes_something_else_is_named(launcher):
+    save_model(launcher.folder / "model")
+    save_model(launcher.folder / "model-of-another-node", hidden_act="relu")
+    ended = launcher.run("other_model", *PATH)
+    assert ended.statuses == [2, 2]
+    one_line(
+        ended,
+        r"model\.path: hidden_act='silu' on rank 0, 'relu' on rank 1: it must be the same on all ranks; give all nodes "
+        r"the same config\.json",
+    )
+
+
+def test_weights_lie_on_the_node_of_rank_0_alone(launcher):
+    save_model(launcher.folder / "model")
+    save_model(launcher.folder / "model-of-another-node", transformers_version="4.0.0")
+    (launcher.folder / "model-of-another-node/model.safetensors").unlink()
+    ended = launcher.run("other_model", *PATH, "--run.dir", "out-weights")
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+
+
+@pytest.mark.parametrize("left_bytes", [None, 1000])
+def test_weights_that_rank_0_cannot_load_end_all_ranks_with_one_line(launcher, left_bytes):
+    save_model(launcher.folder / "model")
+    weights = launcher.folder / "model/model.safetensors"
+    if left_bytes is None:
+        weights.unlink()
+    else:
+        os.truncate(weights, left_bytes)
+    ended = launcher.run("none", *PATH, "--run.dir", "out-broken")
+    assert ended.statuses == [2, 2]
+    one_line(ended, r"model\.path='model': transformers cannot make this model \(.*\); correct it")
+
+
+def test_a_node_without_the_models_config_is_named(launcher):
+    save_model(launcher.folder / "model")
+    shutil.rmtree(launcher.folder / "model-of-another-node", ignore_errors=True)
+    ended = launcher.run("other_model", *PATH)
+    assert ended.statuses == [1, 1]
+    one_line(
+        ended, r"rank 1, building the model: ValueError: model\.path='model-of-another-node': .* \(traceback in .*"
+    )

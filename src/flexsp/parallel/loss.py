@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -61,6 +62,7 @@ class BaseModel:
 
     def __init__(self, module: torch.nn.Module) -> None:
         """Wraps the module's forward."""
+        self.module = module
         self._answer: Tensor | None = None
         self._taken_by: Callable[[Tensor], None] | None = None
         self.calls = 0
@@ -208,6 +210,18 @@ def find_base_model(model: PreTrainedModel) -> BaseModel | str:
                 break
         base.unwrap()
     return reason
+
+
+def base_model_of_first_rank(model: PreTrainedModel) -> BaseModel | str:
+    """What `find_base_model` finds on rank 0, for all ranks, whose models may have no values to try. A collective."""
+    found: BaseModel | str = find_base_model(model) if dist.get_rank() == 0 else ""
+    names = {module: name for name, module in model.named_modules()}
+    held: list[Any] = [(found, "") if isinstance(found, str) else ("", names[found.module])]
+    dist.broadcast_object_list(held, src=0)
+    reason, name = held[0]
+    if dist.get_rank() != 0:
+        found = reason or BaseModel(model.get_submodule(name))
+    return found
 
 
 def _fault(model: PreTrainedModel, base: BaseModel, hidden_1tD: Tensor) -> str | None:

@@ -16,6 +16,7 @@ from flexsp.parallel.groups import own_device
 from flexsp.parallel.kinds import asked_of
 from flexsp.parallel.needs import Attention
 from flexsp.parallel.policies import FULL, NONE
+from flexsp.parallel.weights import FirstRank
 
 
 def prepare_model(
@@ -30,6 +31,7 @@ def prepare_model(
     reshard_after_forward: bool = True,
     attention: str | None = None,
     exact: bool = True,
+    from_first_rank: bool = False,
 ) -> PreTrainedModel:
     """Makes an unmodified Hugging Face causal LM run plans: our attention, and FSDP2 over all ranks.
 
@@ -45,14 +47,18 @@ def prepare_model(
         reshard_after_forward: free a layer's gathered parameters between its forward and its backward (ZeRO-3).
         attention: the kernel of `flexsp.parallel.kernels` to use; None: the first that serves.
         exact: refuse dropout.
+        from_first_rank: take all parameters and buffers from rank 0. The others' model is of the same config; nobody
+            looks at its values, and it may be on torch's meta device, so that only rank 0 ever holds all weights.
 
     Returns:
         The same model, changed in place and in training mode.
 
     Raises:
-        ValueError: the model cannot be run exactly; see `check_model`.
+        ValueError: the model cannot be run exactly; see `check_model`. Or with `from_first_rank`, on all ranks alike:
+            they have not built the same model.
     """
     check_model(model, exact)
+    _check_real(model, from_first_rank)
     mesh = mesh or make_mesh()
     computed = param_dtype or next(model.parameters()).dtype
     asked = asked_of(type(model), model.config, training=exact)
@@ -62,12 +68,17 @@ def prepare_model(
     if reduce_dtype is None and param_dtype is not None:
         reduce_dtype = torch.float32
     types = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    base = loss.find_base_model(model)
+    first_rank = FirstRank(model, own_device()) if from_first_rank else None
+    base = loss.find_base_model(model) if first_rank is None else loss.base_model_of_first_rank(model)
     layer_classes = set(model._no_split_modules or [])
     layers = [module for module in model.modules() if type(module).__name__ in layer_classes]
     give_experts_gradients(layers)
     for layer in layers if shard_layers else []:
+        if first_rank is not None:
+            first_rank.fill(layer)
         fully_shard(layer, mesh=mesh, mp_policy=types, reshard_after_forward=reshard_after_forward)
+    if first_rank is not None:
+        first_rank.fill(model)
     fully_shard(model, mesh=mesh, mp_policy=types)
     device = next(model.parameters()).device
     clock.install(model, layers, device)
@@ -75,6 +86,19 @@ def prepare_model(
     loss.install(model, base, clock.clock_of(model), loss_chunk_tokens)
     model.train()
     return model
+
+
+def _check_real(model: PreTrainedModel, from_first_rank: bool) -> None:
+    """
+    Raises:
+        ValueError: the model has no weights, and is to get none.
+    """
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None and not from_first_rank:
+        raise ValueError(
+            f"model={type(model).__name__}: {empty} is on the meta device and has no values; build the model on rank 0 "
+            f"for real and set from_first_rank=True, or build it so on all ranks"
+        )
 
 
 def make_mesh(replicate: int = 1) -> DeviceMesh:

@@ -1,4 +1,4 @@
-"""Whether all ranks were started alike: one configuration, the same versions, profile and initial weights.
+"""Whether all ranks were started alike: one configuration, the same versions, profile and model.
 
 Each node reads its own copy of the TOML, its own environment and its own files. A copy that is older than the others'
 would not fail: it would train wrongly, with another learning rate on a few of the shards say.
@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flexsp import jsonfields as jf
 from flexsp.train.checkpoint import versions
@@ -34,6 +32,8 @@ PLACES_OF_A_NODE = (
     "planner.replay",
 )
 """Keys that may differ: where a node keeps something. What lies there is compared, or read by rank 0 alone."""
+NOT_COMPUTED_WITH = ("_name_or_path", "architectures", "quantization_config", "transformers_version")
+"""Fields of a model's config that say where it is from, and how weights are stored that rank 0 alone reads."""
 Flat = dict[str, Any]
 
 
@@ -67,33 +67,24 @@ def check_profile(document: Mapping[str, Any], control: dist.ProcessGroup) -> No
     _same(said, control, "give all nodes the same file")
 
 
-def check_weights(model: nn.Module, config: Config, control: dist.ProcessGroup) -> None:
-    """Compares the weights that each rank has made or read whole, before they are sharded. A collective.
+def check_model(model: PreTrainedModel, config: Config, control: dist.ProcessGroup) -> None:
+    """Compares the model configs that the ranks have read. A collective.
 
-    By the sum of each parameter's bits, which takes a second for some 6 GB. Each rank keeps its own shard of them, so a
-    rank with others would give the model a part of another one.
+    Weights are rank 0's on all of them, and `prepare_model` compares names and shapes; but what a layer computes with
+    them, its activation or the base of its rotary embedding say, each rank takes from its own file.
 
     Args:
-        model: whole, on the CPU.
+        model: whole, or on the meta device.
         config: of the run.
         control: a CPU group of all ranks.
 
     Raises:
-        ValueError: on all ranks alike: names the first parameter that differs, and the ranks.
+        ValueError: on all ranks alike: names the first field that differs, its values and their ranks.
     """
-    sums = {name: f"{tuple(p.shape)} {p.dtype} {_sum_of_bits(p)}" for name, p in model.named_parameters()}
-    if (found := _first_difference(sums, control)) is None:
-        return
-    name, by_value = found
-    first = by_value[0][1]
-    others = sorted(rank for _, ranks in by_value[1:] for rank in ranks)
-    where, fix = f"model.path={config.model.path!r}", "give all nodes the same files"
-    if not config.model.path:
-        where = f"train.seed={config.train.seed}"
-        fix = "nodes whose processors round differently draw others; save a model once and give it as model.path"
-    raise ValueError(
-        f"{where}: {ranks_text(others)} would begin with other weights than {ranks_text(first)}, first in {name}; {fix}"
-    )
+    where = "model.path" if config.model.path else "model.config"
+    fields = json.loads(model.config.to_json_string(use_diff=False))
+    said = {f"{where}: {key}": value for key, value in _flat(fields) if key.split(".")[0] not in NOT_COMPUTED_WITH}
+    _same(said, control, "give all nodes the same config.json")
 
 
 def _compared(config: Config) -> Flat:
@@ -142,11 +133,3 @@ def _first_difference(own: Flat, control: dist.ProcessGroup) -> tuple[str, list[
         if len(ranks) > 1:
             return key, list(ranks.items())
     raise AssertionError("digests differ, and nothing that they are of")
-
-
-def _sum_of_bits(tensor: Tensor) -> int:
-    """Of a tensor on the CPU: the sum of its bits as 64-bit words, modulo 2^64. No order of adding changes it."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    whole = len(data) // 8 * 8
-    words = int(data[:whole].view(np.uint64).sum(dtype=np.uint64))
-    return (words + int.from_bytes(data[whole:].tobytes(), "little")) % 2**64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flexsp.data import Corpus, Overlong, Sequences, TokenStore, apply_context_limit, hold_out, open_corpus
 from flexsp.data.held_out import Documents
@@ -30,7 +31,7 @@ from flexsp.track import Track, silent
 from flexsp.train.config import Config, DataConfig, ModelConfig
 from flexsp.train.display import Display
 from flexsp.train.out_of_memory import is_out_of_memory
-from flexsp.train.pretrained import Unfit, load_pretrained
+from flexsp.train.pretrained import Unfit, changed_config, load_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,43 @@ def build_sequences(config: Config, corpus: Corpus, held_out: bool = False) -> S
     return sequences
 
 
-def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
-    """The model of the configuration, the same on every rank.
+def build_on_first_rank(config: ModelConfig, seed: int) -> PreTrainedModel:
+    """The model of the configuration: with weights on rank 0, and on torch's meta device elsewhere, for `prepare`.
+
+    A collective that lasts as long as rank 0 loads. Random numbers go on alike on all ranks, as if each had drawn what
+    rank 0 has.
+
+    Raises:
+        ValueError: on all ranks alike, where rank 0 cannot build or load it; or this rank's own, where others can.
+    """
+    # its own group: however long rank 0 loads is no fault, and its end is noticed at once
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    model, failed = None, None
+    try:
+        model = build_model(config, seed, empty=dist.get_rank() != 0)
+    except ValueError as error:  # said below, so that nobody waits for this rank
+        failed = error
+    every: list[Any] = [None] * dist.get_world_size()
+    state = torch.get_rng_state() if dist.get_rank() == 0 else None
+    dist.all_gather_object(every, (str(failed or ""), state), group=patient)
+    dist.destroy_process_group(patient)
+    said, state = every[0]
+    if said:
+        raise ValueError(said)
+    if failed is not None:
+        raise failed
+    torch.set_rng_state(state)
+    assert model is not None
+    return model
+
+
+def build_model(config: ModelConfig, seed: int, empty: bool = False) -> PreTrainedModel:
+    """The model of the configuration, the same wherever it is built.
+
+    Args:
+        config: of the model.
+        seed: of initial weights.
+        empty: on torch's meta device, of the config alone: no weights are read, drawn or held.
 
     Raises:
         ValueError: transformers cannot build or load it, or a folder and what is changed in its config do not fit.
@@ -123,12 +159,12 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     weights = DTYPES[config.weights]
     try:
-        if config.path:
+        if config.path and not empty:
             model = load_pretrained(config.path, config.config, weights)
         else:
-            fields = dict(config.config)
-            model_type = fields.pop("model_type", "")
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=weights)
+            described = _read_config(config)
+            with torch.device("meta") if empty else nullcontext():
+                model = AutoModelForCausalLM.from_config(described, dtype=weights)
     except Exception as error:  # of the model's own code: of any kind
         # the latter of this rank alone, and nothing to correct in the model
         if isinstance(error, Unfit) or is_out_of_memory(error):
@@ -139,6 +175,16 @@ def build_model(config: ModelConfig, seed: int) -> PreTrainedModel:
         raise ValueError(f"{key}: transformers cannot make this model ({said}); correct it") from None
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _read_config(config: ModelConfig) -> PreTrainedConfig:
+    """Of transformers; it raises whatever that does."""
+    if config.path and config.config:
+        return changed_config(config.path, config.config)
+    if config.path:
+        return AutoConfig.from_pretrained(config.path, local_files_only=True)
+    fields = dict(config.config)
+    return AutoConfig.for_model(fields.pop("model_type", ""), **fields)
 
 
 def check_fit(model: PreTrainedModel, sequences: Sequences, data: DataConfig) -> Sequences:
@@ -193,7 +239,7 @@ def tokenizer_of(config: Config) -> str:
 
 
 def prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    """Wires the model to the ranks as the configuration says."""
+    """Wires the model to the ranks as the configuration says, with rank 0's weights on all of them. A collective."""
     return prepare_model(
         model,
         mesh=make_mesh(config.replicate),
@@ -205,6 +251,7 @@ def prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
         reshard_after_forward=config.reshard_after_forward,
         attention=config.attention or None,
         exact=config.exact,
+        from_first_rank=True,
     )
 
 

@@ -99,7 +99,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
     check_data(config, start, corpus)
     sequences = build.build_sequences(config, corpus)
     guard.place.at("building the model")
-    model = build.build_model(config.model, config.train.seed)
+    model = build.build_on_first_rank(config.model, config.train.seed)
     sequences = build.check_fit(model, sequences, config.data)
     if dist.get_rank() == 0:
         say_passed_over(config, start, corpus.fingerprint, len(sequences.lengths))
@@ -114,7 +114,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
             "model.dtype='float32': on CUDA the fast attention kernels take bfloat16, and others are slower by far; "
             "set model.dtype='bfloat16' unless float32 is meant"
         )
-    alike.check_weights(model, config, groups.control)
+    alike.check_model(model, config, groups.control)
     model = build.prepare(model, config.model)
     guard.place.at("measuring the profile")
     measured = build.build_profile(config, model, groups, watch.display)
