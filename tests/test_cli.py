@@ -49,6 +49,23 @@ def test_plan_prints_a_table_and_saves_what_check_accepts(files, planner):
     assert (checked.returncode, checked.stdout[:6]) == (0, "legal:")
 
 
+ORDER = """
+import sys, flexsp.cli.main, flexsp.cli.plan as command
+order = []
+load, plan = command.load_kernels, command.flexsp.plan
+command.load_kernels = lambda: order.append("load") or load()
+command.flexsp.plan = lambda *a, **k: order.append("plan") or plan(*a, **k)
+assert flexsp.cli.main.main(sys.argv[1:]) == 0 and order == ["load", "plan"], order
+"""
+
+
+def test_the_time_that_planning_took_does_not_include_loading_the_kernels(files):
+    lengths, profile, _ = files
+    arguments = ["plan", lengths, "--profile", profile]
+    done = subprocess.run([sys.executable, "-c", ORDER, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_plan_reads_standard_input(files):
     assert flexsp("plan", "-", "--profile", files[1], stdin="5\n7\n").returncode == 0
     assert "standard input:2" in one_line_error(flexsp("plan", "-", "--profile", files[1], stdin="5\nx\n"))
@@ -65,6 +82,20 @@ def test_check_says_every_fault_and_exits_with_1(files):
     assert checked.returncode == 1
     assert f"the first is {lost}" in checked.stdout
     assert "ranks [1, 0]" in checked.stdout
+
+
+def test_a_plan_for_other_devices_is_checked_for_those(files):
+    lengths, profile, plan = files
+    lengths.write_text("90\n60\n30\n")
+    flags = ("--num-devices", "2")
+    profile.write_text(json.dumps(profile_json(memory={**profile_json()["memory"], "model_state_bytes": 100})))
+    assert flexsp("plan", lengths, "--profile", profile, *flags, "--output", plan).returncode == 0
+    checked = flexsp("check", lengths, profile, plan, *flags)
+    assert (checked.returncode, checked.stdout[:6]) == (0, "legal:")
+    without = flexsp("check", lengths, profile, plan)
+    assert without.returncode == 1
+    assert "num_devices=2 is not the profile's num_devices=4" in without.stdout
+    assert "--num-devices 2" in without.stdout
 
 
 def test_files_that_cannot_be_read_exit_with_2(files, tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 
 from flexsp.lengths import LengthArray
 from flexsp.planner import PLANNERS, plan
+from flexsp.planner.kernels import load_kernels
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.simulate.cases import Case
@@ -35,6 +36,8 @@ class Job:
 
     planner: str
     options: Mapping[str, Any]
+    policy: str | None = None
+    """The policy that its profile is under, to be named in its plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,10 @@ def jobs(case: Case, planners: Sequence[str], options: Mapping[str, Mapping[str,
     """What to run for a case: `planners` in their order and the baseline, which speedups are against."""
     names = list(dict.fromkeys([*planners, BASELINE]))
     fixed = {BASELINE: {"sp_degree": case.static_sp_degree}}
-    return [Job(planner=name, options={**options.get(name, {}), **fixed.get(name, {})}) for name in names]
+    return [
+        Job(planner=name, options={**options.get(name, {}), **fixed.get(name, {})}, policy=case.policy)
+        for name in names
+    ]
 
 
 def simulate(
@@ -91,7 +97,7 @@ def simulate(
         workers,
         mp_context=multiprocessing.get_context("spawn"),  # forking a process that has threads can hang
         initializer=_begin_worker,
-        initargs=(sys.path, cases[0].profile),
+        initargs=(sys.path,),
     )
     tasks = (
         (c, case.profile, case.batch(step), job, step)
@@ -130,14 +136,11 @@ def _as_they_come(pool: ProcessPoolExecutor, tasks: Iterator[tuple[Any, ...]], a
             yield future.result()
 
 
-def _begin_worker(path: list[str], profile: Profile) -> None:
+def _begin_worker(path: list[str]) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     sys.path[:] = path  # for planners of the user's own
-    try:
-        plan([1, 2], profile)  # loads the planner's kernels: no batch's planning time includes it
-    except Exception:  # whatever is wrong will be said of the batch
-        pass
+    load_kernels()  # no batch's planning time includes it
 
 
 def _plan_one(case: int, profile: Profile, lengths: LengthArray, job: Job, step: int) -> Done:
@@ -150,6 +153,8 @@ def _plan_one(case: int, profile: Profile, lengths: LengthArray, job: Job, step:
         said = " ".join(str(error).split())
         refusal = said if isinstance(error, ValueError) else f"it raised {type(error).__name__}: {said}"
         return Done(case=case, planner=job.planner, step=step, refusal=refusal)
+    if job.policy is not None:  # the plan is for the profile as it is, where it can be checked and replayed
+        made = replace(made, micro_batches=tuple(replace(m, policy=job.policy) for m in made.micro_batches))
     return Done(case=case, planner=job.planner, step=step, plan=made, figures=figures)
 
 
