@@ -28,7 +28,7 @@ SAME = r": it must be the same on all ranks; start all nodes with one configurat
         ("other_version", rf"version of numpy='[0-9.]+' on rank 0, '1\.0\.7' on rank 1{SAME}"),
         (
             "other_architecture",
-            r"model=LlamaForCausalLM: rank 1 has a trainable parameter of shape \(32, 32\) as "
+            r"model=LlamaForCausalLM: rank 1 has a parameter of shape \(32, 32\) as "
             r"model\.layers\.2\.self_attn\.q_proj\.weight, rank 0 nothing; build the same model on all ranks",
         ),
     ],

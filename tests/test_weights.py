@@ -25,6 +25,7 @@ MODELS = {
     }},
     "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
     "deepseek_v3": FAMILIES["deepseek_v3"],  # a buffer that is saved
+    "afmoe": FAMILIES["afmoe"],  # what it builds frozen is loaded trainable
     "gemma3_text": FAMILIES["gemma3_text"],  # ties, a scaled embedding, two rotary embeddings
     "gpt_neox": FAMILIES["gpt_neox"],
 }  # fmt: skip
@@ -90,8 +91,8 @@ def test_constants_of_every_sort_are_rank_0s(ranks):
     [
         (
             {"intermediate_size": 40},
-            r"rank 1 has a trainable parameter of shape \(40, 32\) as model.layers.0.mlp.gate_proj.weight, rank 0 a "
-            r"trainable parameter of shape \(48, 32\); build the same model on all ranks",
+            r"rank 1 has a parameter of shape \(40, 32\) as model.layers.0.mlp.gate_proj.weight, rank 0 a "
+            r"parameter of shape \(48, 32\); build the same model on all ranks",
         ),
         ({"num_hidden_layers": 3}, r"rank 1 has .* as model.layers.2.self_attn.q_proj.weight, rank 0 nothing; .*"),
     ],

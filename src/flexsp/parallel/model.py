@@ -47,8 +47,9 @@ def prepare_model(
         reshard_after_forward: free a layer's gathered parameters between its forward and its backward (ZeRO-3).
         attention: the kernel of `flexsp.parallel.kernels` to use; None: the first that serves.
         exact: refuse dropout.
-        from_first_rank: take all parameters and buffers from rank 0. The others' model is of the same config; nobody
-            looks at its values, and it may be on torch's meta device, so that only rank 0 ever holds all weights.
+        from_first_rank: take all parameters and buffers from rank 0, and which of them are frozen. The others' model is
+            of the same config; nobody looks at its values, and it may be on torch's meta device, so that only rank 0
+            ever holds all weights.
 
     Returns:
         The same model, changed in place and in training mode.

@@ -27,21 +27,24 @@ PIECE_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """One name of a tensor in a model."""
+    """One name of a tensor in a model.
+
+    Kind and shape are the same on all ranks. The rest is rank 0's: transformers loads some tensors in another type than
+    it builds them in, makes some trainable, and ties no ends of which the files hold two.
+    """
 
     kind: str
     """What the module holds it as: parameter, buffer, or attribute (neither; some models keep constants so)."""
     shape: tuple[int, ...]
-    trainable: bool
     dtype: torch.dtype
-    """Rank 0's counts: transformers loads some tensors in another type than it builds them in."""
+    trainable: bool
     same_as: str
-    """The first name of the same tensor. Rank 0's counts: whether ends are tied may be decided by what is loaded."""
+    """The first name of the same tensor."""
     empty: bool
     """Whether it is on the meta device."""
 
     def __str__(self) -> str:
-        return f"a {'trainable ' * self.trainable}{self.kind} of shape {self.shape}"
+        return f"a {self.kind} of shape {self.shape}"
 
 
 class FirstRank:
