@@ -181,6 +181,49 @@ def test_policies_are_left_out_with_a_notice_or_taken_for_all(files, capsys):
     assert json.loads(Path("out/report.json").read_text())["static_sp_degree"] == 2  # half the bytes, half the degree
 
 
+@pytest.fixture
+def with_policy(files):
+    """A profile of which a device holds 100 tokens, and 200 under its policy."""
+    policies = {"recompute": {"activation_bytes_per_token": 5, "compute_factor": 1.05}}
+    document = profile(4).to_json()
+    document["memory"]["policies"] = policies
+    flexsp.Profile.from_json(document).save("p.json")
+    return flexsp.Profile.load("p.json")
+
+
+@pytest.mark.parametrize("lengths", [[600, 500, 30, 20], [5] * 100])
+@pytest.mark.parametrize("flags", [(), ("--policy", "recompute"), ("--policy", "choose")])
+def test_a_plan_with_a_policy_is_judged_with_the_profile_as_it_is(with_policy, capsys, lengths, flags):
+    Path("batch.txt").write_text("".join(f"{length}\n" for length in lengths))
+    plan = flexsp.plan(lengths, with_policy)
+    assert "recompute" in {micro_batch.policy for micro_batch in plan.micro_batches}  # else this test shows nothing
+    plan.save("mine.json")
+    assert main(["check", "batch.txt", "p.json", "mine.json"]) == 0
+    status, _, err = run(capsys, "batch.txt", "--profile", "p.json", "--plan", "mine.json", "--output", "o", *flags)
+    if flags == ("--policy", "choose") and max(lengths) > 400:  # static chooses none, and holds 400 tokens
+        assert status == 2 and "max_length=600 tokens fit into no group" in err
+        return
+    assert status == 0, err
+    (step,) = json.loads(Path("o/report.json").read_text())["planners"]["mine"]["steps"]
+    assert step["step_s"] == pytest.approx(plan.predicted_s)
+    if not flags:
+        assert ("use policy 'recompute', without which" if max(lengths) > 400 else "use no policy;") in err
+
+
+def test_plans_made_under_a_policy_name_it_and_are_legal_for_the_profile_as_it_is(with_policy, capsys):
+    assert run(capsys, *SMALL, "--policy", "recompute", "--output", "out")[0] == 0
+    (folder,) = Path("out").glob("step-*")
+    batch, plan = str(folder / "lengths.txt"), str(folder / "flex.plan.json")
+    assert {m.policy for m in flexsp.Plan.load(plan).micro_batches} == {"recompute"}
+    assert main(["check", batch, "p.json", plan]) == 0
+    report = json.loads(Path("out/report.json").read_text())
+    (before,) = [s for s in report["planners"]["flex"]["steps"] if f"step-{s['step']}" == folder.name]
+    for flags in ((), ("--policy", "recompute")):
+        assert run(capsys, batch, "--profile", "p.json", "--plan", plan, "--output", "again", *flags)[0] == 0
+        (after,) = json.loads(Path("again/report.json").read_text())["planners"]["flex.plan"]["steps"]
+        assert after["step_s"] == pytest.approx(before["step_s"]) and after["layout"] == before["layout"]
+
+
 SLOW = """
 import time, flexsp
 def planner(lengths, profile):

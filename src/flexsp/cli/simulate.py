@@ -20,7 +20,7 @@ from flexsp.cli.simulate_tables import say, show_case, show_legend, show_sweep, 
 from flexsp.distributions import lengths_of
 from flexsp.lengths import LengthArray, parse_tokens
 from flexsp.planner import COMPARED, find_planner
-from flexsp.planner.policies import under_policy
+from flexsp.planner.policies import policy_for, under_policy
 from flexsp.plans import Plan
 from flexsp.profile import MOST_DEVICES, Profile
 from flexsp.simulate.cases import Case, make_case
@@ -72,10 +72,11 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     profile = Profile.load(arguments.profile)
-    under = profile if arguments.policy == CHOOSE else under_policy(profile, arguments.policy)
-    if profile.memory.policies and arguments.policy is None:
+    if arguments.policy not in (None, CHOOSE):
+        under_policy(profile, arguments.policy)  # refused here, where it is not one case's fault
+    if profile.memory.policies and arguments.policy is None and not arguments.plan:
         _notice(f"policies {', '.join(profile.memory.policies)} of the profile are left out; --policy takes one")
-    cases = list(_cases(arguments, under))
+    cases = list(_cases(arguments, profile))
     replayed = [_replayed(path, cases[0]) for path in arguments.plan or ()]
     usual = BASELINE if replayed else PLANNERS
     asked = [name.strip() for name in (usual if arguments.planners is None else arguments.planners).split(",")]
@@ -143,15 +144,19 @@ def _cases(arguments: argparse.Namespace, profile: Profile) -> Iterator[Case]:
     found = 0
     for corpus, limit, num_devices in wanted:
         try:
+            whole = profile.for_devices(num_devices)
+            policy = _policy(arguments, whole, limit or int(corpora[corpus].max()))
             case = make_case(
                 corpus,
                 corpora[corpus],
-                profile.for_devices(num_devices),
+                whole if arguments.policy == CHOOSE else under_policy(whole, policy),
                 batch_size=None if arguments.plan else batch_size,
                 max_length=limit,
                 overlong=Overlong(arguments.overlong or Overlong.ERROR),
                 seed=arguments.seed or 0,
                 static_sp_degree=arguments.sp_degree,
+                policy=policy,
+                whole=whole,
             )
         except ValueError as error:
             if len(wanted) == 1:
@@ -167,6 +172,23 @@ def _cases(arguments: argparse.Namespace, profile: Profile) -> Iterator[Case]:
             f"--num-devices={arguments.num_devices} --max-length={arguments.max_length} leave nothing to simulate; see "
             f"the notices above"
         )
+
+
+def _policy(arguments: argparse.Namespace, profile: Profile, max_length: int) -> str | None:
+    """The one that planners are under; beside a replay, where none is named, what the longest sequence needs."""
+    if arguments.policy == CHOOSE:
+        return None
+    if not arguments.plan or arguments.policy is not None:
+        named: str | None = arguments.policy
+        return named
+    needed = policy_for(profile, max_length)
+    if profile.memory.policies:
+        use = (
+            "no policy" if needed is None else f"policy {needed!r}, without which max_length={max_length} does not fit"
+        )
+        known = ", ".join(profile.memory.policies)
+        _notice(f"policies {known} are for the plans; planners beside them use {use}; --policy names another")
+    return needed
 
 
 def _count(text: str) -> int:
@@ -200,7 +222,7 @@ def _replayed(path: str, case: Case) -> Done:
     if not plan.has_plan:
         raise ValueError(f"{path}: {plan.status.value}: {plan.reason}")
     try:
-        figures = step_figures(0, plan, case.lengths, case.profile)
+        figures = step_figures(0, plan, case.lengths, case.whole)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Done(case=0, planner=Path(path).stem, step=0, plan=plan, figures=figures)

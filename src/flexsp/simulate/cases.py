@@ -16,6 +16,11 @@ class Case:
 
     corpus: str
     profile: Profile
+    """As planners see it: under one activation policy, or without any."""
+    whole: Profile
+    """The same with all its policies: what plans are judged by, a file's too."""
+    policy: str | None
+    """The policy of `whole` that all of `profile` is under; named in every micro-batch of the plans."""
     lengths: LengthArray
     """(n,) tokens of the corpus's sequences, after the context limit."""
     max_length: int
@@ -45,18 +50,22 @@ def make_case(
     overlong: Overlong = Overlong.ERROR,
     seed: int = 0,
     static_sp_degree: int | None = None,
+    policy: str | None = None,
+    whole: Profile | None = None,
 ) -> Case:
     """The case of a corpus of documents of (n,) `lengths` tokens.
 
     Args:
         corpus: what to call it.
         lengths: tokens of each document.
-        profile: the model and the cluster.
+        profile: the model and the cluster, as planners see them.
         batch_size: sequences of a global batch; None: all of `lengths` are one batch, in their order.
         max_length: the context limit in tokens; None: the longest sequence.
         overlong: what to do with longer ones.
         seed: of the order of the data.
         static_sp_degree: the baseline's degree; None: the least that holds the context limit.
+        policy: the policy that `profile` is under; see `flexsp.planner.policies.under_policy`.
+        whole: the profile with its policies; None: `profile` is that.
 
     Raises:
         ValueError: the limit refuses a document or leaves none, no degree holds it, or there are fewer sequences than a
@@ -72,6 +81,8 @@ def make_case(
     return Case(
         corpus=corpus,
         profile=profile,
+        whole=whole or profile,
+        policy=policy,
         lengths=slices.lengths,
         max_length=limit,
         static_sp_degree=_baseline_degree(profile, limit, static_sp_degree),

@@ -51,7 +51,7 @@ class Result:
 
     def timelines(self) -> dict[str, Timeline]:
         """Of that step, by planner."""
-        return {name: replay(plan, self.lengths, self.case.profile) for name, plan in self.plans.items()}
+        return {name: replay(plan, self.lengths, self.case.whole) for name, plan in self.plans.items()}
 
 
 def result(case: Case, figures: CaseFigures, done: Iterable[Done]) -> Result:

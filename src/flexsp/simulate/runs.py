@@ -35,6 +35,8 @@ class Job:
 
     planner: str
     options: Mapping[str, Any]
+    policy: str | None = None
+    """The policy that its profile is under, to be named in its plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,10 @@ def jobs(case: Case, planners: Sequence[str], options: Mapping[str, Mapping[str,
     """What to run for a case: `planners` in their order and the baseline, which speedups are against."""
     names = list(dict.fromkeys([*planners, BASELINE]))
     fixed = {BASELINE: {"sp_degree": case.static_sp_degree}}
-    return [Job(planner=name, options={**options.get(name, {}), **fixed.get(name, {})}) for name in names]
+    return [
+        Job(planner=name, options={**options.get(name, {}), **fixed.get(name, {})}, policy=case.policy)
+        for name in names
+    ]
 
 
 def simulate(
@@ -150,6 +155,8 @@ def _plan_one(case: int, profile: Profile, lengths: LengthArray, job: Job, step:
         said = " ".join(str(error).split())
         refusal = said if isinstance(error, ValueError) else f"it raised {type(error).__name__}: {said}"
         return Done(case=case, planner=job.planner, step=step, refusal=refusal)
+    if job.policy is not None:  # the plan is for the profile as it is, where it can be checked and replayed
+        made = replace(made, micro_batches=tuple(replace(m, policy=job.policy) for m in made.micro_batches))
     return Done(case=case, planner=job.planner, step=step, plan=made, figures=figures)
 
 
