@@ -49,6 +49,23 @@ def test_plan_prints_a_table_and_saves_what_check_accepts(files, planner):
     assert (checked.returncode, checked.stdout[:6]) == (0, "legal:")
 
 
+ORDER = """
+import sys, flexsp.cli.main, flexsp.cli.plan as command
+order = []
+load, plan = command.load_kernels, command.flexsp.plan
+command.load_kernels = lambda: order.append("load") or load()
+command.flexsp.plan = lambda *a, **k: order.append("plan") or plan(*a, **k)
+assert flexsp.cli.main.main(sys.argv[1:]) == 0 and order == ["load", "plan"], order
+"""
+
+
+def test_the_time_that_planning_took_does_not_include_loading_the_kernels(files):
+    lengths, profile, _ = files
+    arguments = ["plan", lengths, "--profile", profile]
+    done = subprocess.run([sys.executable, "-c", ORDER, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_plan_reads_standard_input(files):
     assert flexsp("plan", "-", "--profile", files[1], stdin="5\n7\n").returncode == 0
     assert "standard input:2" in one_line_error(flexsp("plan", "-", "--profile", files[1], stdin="5\nx\n"))

@@ -101,6 +101,17 @@ def test_a_hand_written_plan_is_judged(files, capsys):
     assert status == 2 and err.count("\n") == 1 and "mine.json: plan: " in err
 
 
+def test_what_planning_took_elsewhere_is_not_held_against_a_replayed_plan(files, capsys):
+    flexsp.plan([64, 16, 128, 32], profile(4)).save("mine.json")
+    document = json.loads(Path("mine.json").read_text())
+    Path("mine.json").write_text(json.dumps({**document, "solve_s": 1000.0}))
+    Path("batch.txt").write_text("64\n16\n128\n32\n")
+    status, out, _ = run(capsys, "batch.txt", "--profile", "p.json", "--plan", "mine.json", "--output", "out")
+    assert status == 0 and "Planning a batch takes longer" not in out and "1e+03" not in out
+    replayed = json.loads(Path("out/report.json").read_text())["planners"]["mine"]
+    assert replayed["median_solve_s"] is replayed["steps"][0]["solve_s"] is None
+
+
 def test_a_replayed_plan_takes_no_planners_place(files, capsys):
     plan = flexsp.plan([64, 16, 128, 32], profile(4))
     plan.save("static.json")

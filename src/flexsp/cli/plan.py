@@ -15,7 +15,8 @@ import flexsp
 from flexsp.cli.lengths import COLUMN_HELP, LENGTHS_HELP
 from flexsp.cli.plan_tables import show_explanation, show_plan
 from flexsp.lengths import parse_tokens, read_lengths
-from flexsp.planner import PLANNERS
+from flexsp.planner import PLANNERS, find_planner
+from flexsp.planner.kernels import load_kernels
 from flexsp.profile import Profile
 
 PATIENCE_S = 3.0
@@ -54,7 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
         options["max_length"] = parse_tokens(arguments.max_length, "--max-length")
     if arguments.time_limit_s is not None:
         options["time_limit_s"] = arguments.time_limit_s
+    find_planner(arguments.planner)
     with _said_if_long():
+        load_kernels()  # solve_s is what planning takes, not what a process takes to begin
         plan = flexsp.plan(lengths, profile, arguments.planner, **options)
     if not plan.has_plan:
         raise ValueError(f"{plan.status.value}: {plan.reason}")

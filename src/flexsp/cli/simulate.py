@@ -225,7 +225,8 @@ def _replayed(path: str, case: Case) -> Done:
         figures = step_figures(0, plan, case.lengths, case.whole)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Done(case=0, planner=Path(path).stem, step=0, plan=plan, figures=figures)
+    # what planning took, wherever that was, is nothing that we know
+    return Done(case=0, planner=Path(path).stem, step=0, plan=plan, figures=replace(figures, solve_s=None))
 
 
 def _simulated(arguments: argparse.Namespace, cases: list[Case], planners: list[str]) -> tuple[list[Done], bool]:

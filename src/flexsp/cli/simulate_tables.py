@@ -83,7 +83,9 @@ def _degrees(tokens_by_degree: Mapping[int, float]) -> str:
     return ",".join(map(str, degrees)) if len(degrees) < 3 else f"{degrees[0]}..{degrees[-1]}"
 
 
-def _seconds(seconds: float) -> str:
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
     return f"{1e3 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 

@@ -31,8 +31,8 @@ class StepFigures:
     """By the cost model; the optimizer's own time is not in it."""
     lower_bound_s: float
     """No plan for this batch takes less."""
-    solve_s: float
-    """What planning took."""
+    solve_s: float | None
+    """What planning took; None: the plan was not made here."""
     layout: str
     """Degrees by micro-batch, e.g. `<4> <2,1,1>`."""
     micro_batches: int
@@ -112,8 +112,9 @@ class PlannerFigures:
     """Seconds of all steps under the baseline, over those under this planner."""
     step_speedups: tuple[float, ...]
     """The same of each step."""
-    median_solve_s: float
-    slowest_solve_s: float
+    median_solve_s: float | None
+    slowest_solve_s: float | None
+    """None where no plan was made here."""
     compute_share: float
     exchange_share: float
     fixed_share: float
@@ -182,6 +183,7 @@ def planner_figures(planner: str, steps: Sequence[StepFigures], baseline: Sequen
     assert [s.step for s in steps] == [s.step for s in baseline] and steps, "both must have planned the same batches"
     total_s = sum(s.step_s for s in steps)
     tokens = sum(s.tokens for s in steps)
+    solves_s = [s.solve_s for s in steps if s.solve_s is not None]
     degrees = sorted({degree for s in steps for degree in s.tokens_by_degree})
 
     def share(name: str) -> float:
@@ -194,8 +196,8 @@ def planner_figures(planner: str, steps: Sequence[StepFigures], baseline: Sequen
         total_s=total_s,
         speedup=sum(s.step_s for s in baseline) / total_s,
         step_speedups=tuple(b.step_s / s.step_s for b, s in zip(baseline, steps, strict=True)),
-        median_solve_s=statistics.median(s.solve_s for s in steps),
-        slowest_solve_s=max(s.solve_s for s in steps),
+        median_solve_s=statistics.median(solves_s) if solves_s else None,
+        slowest_solve_s=max(solves_s, default=None),
         compute_share=share("compute"),
         exchange_share=share("exchange"),
         fixed_share=share("fixed"),

@@ -18,6 +18,7 @@ from typing import Any
 
 from flexsp.lengths import LengthArray
 from flexsp.planner import PLANNERS, plan
+from flexsp.planner.kernels import load_kernels
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.simulate.cases import Case
@@ -96,7 +97,7 @@ def simulate(
         workers,
         mp_context=multiprocessing.get_context("spawn"),  # forking a process that has threads can hang
         initializer=_begin_worker,
-        initargs=(sys.path, cases[0].profile),
+        initargs=(sys.path,),
     )
     tasks = (
         (c, case.profile, case.batch(step), job, step)
@@ -135,14 +136,11 @@ def _as_they_come(pool: ProcessPoolExecutor, tasks: Iterator[tuple[Any, ...]], a
             yield future.result()
 
 
-def _begin_worker(path: list[str], profile: Profile) -> None:
+def _begin_worker(path: list[str]) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     sys.path[:] = path  # for planners of the user's own
-    try:
-        plan([1, 2], profile)  # loads the planner's kernels: no batch's planning time includes it
-    except Exception:  # whatever is wrong will be said of the batch
-        pass
+    load_kernels()  # no batch's planning time includes it
 
 
 def _plan_one(case: int, profile: Profile, lengths: LengthArray, job: Job, step: int) -> Done:

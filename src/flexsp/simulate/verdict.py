@@ -50,7 +50,7 @@ def verdict(case: CaseFigures, profile: Profile) -> tuple[str, ...]:
     if bound_s := sum(min(bounds_s) for bounds_s in zip(*_bounds_s(case), strict=True)):
         above = max(0.0, best.total_s / bound_s - 1)
         sentences.append(f"No plan could be more than {above:.1%} faster than {best.planner}'s.")
-    if mixed.median_solve_s > mixed.median_step_s:
+    if mixed.median_solve_s is not None and mixed.median_solve_s > mixed.median_step_s:
         sentences.append(
             f"Planning a batch takes longer ({mixed.median_solve_s:.3g} s) than its step: one planner process does "
             f"not keep up."

@@ -97,8 +97,10 @@ def _step_cells(planner: str, step: StepFigures, speedup: float) -> list[str]:
     ]
 
 
-def duration_text(seconds: float) -> str:
-    """E.g. 31 ms."""
+def duration_text(seconds: float | None) -> str:
+    """E.g. 31 ms; a dash where there is none."""
+    if seconds is None:
+        return "-"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:,.0f} {unit}" if seconds >= 100 * size else f"{seconds / size:.3g} {unit}"
