@@ -84,6 +84,20 @@ def test_check_says_every_fault_and_exits_with_1(files):
     assert "ranks [1, 0]" in checked.stdout
 
 
+def test_a_plan_for_other_devices_is_checked_for_those(files):
+    lengths, profile, plan = files
+    lengths.write_text("90\n60\n30\n")
+    flags = ("--num-devices", "2")
+    profile.write_text(json.dumps(profile_json(memory={**profile_json()["memory"], "model_state_bytes": 100})))
+    assert flexsp("plan", lengths, "--profile", profile, *flags, "--output", plan).returncode == 0
+    checked = flexsp("check", lengths, profile, plan, *flags)
+    assert (checked.returncode, checked.stdout[:6]) == (0, "legal:")
+    without = flexsp("check", lengths, profile, plan)
+    assert without.returncode == 1
+    assert "num_devices=2 is not the profile's num_devices=4" in without.stdout
+    assert "--num-devices 2" in without.stdout
+
+
 def test_files_that_cannot_be_read_exit_with_2(files, tmp_path):
     lengths, profile, plan = files
     assert "plan.json: cannot be read" in one_line_error(flexsp("check", lengths, profile, plan))

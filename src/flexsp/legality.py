@@ -25,7 +25,10 @@ def violations(plan: Plan, lengths: Lengths, profile: Profile) -> list[str]:
         return [f"the plan is {plan.status.value}: {plan.reason}"]
     faults = []
     if plan.num_devices != profile.num_devices:
-        faults.append(f"plan num_devices={plan.num_devices} is not the profile's num_devices={profile.num_devices}")
+        faults.append(
+            f"plan num_devices={plan.num_devices} is not the profile's num_devices={profile.num_devices}; judge it by "
+            f"the profile for as many, --num-devices {plan.num_devices} (Profile.for_devices)"
+        )
     if plan.lengths_sha256 is not None and plan.lengths_sha256 != lengths_sha256(lengths):
         faults.append("lengths_sha256 is not that of these lengths: the plan was made for another batch")
     seen: dict[int, str] = {}

@@ -18,12 +18,17 @@ def add_to(commands: Any) -> None:
     parser.add_argument("profile", metavar="PROFILE", help="a flexsp-profile/1 file")
     parser.add_argument("plan", metavar="PLAN", help="a flexsp-plan/1 file")
     parser.add_argument("--column", metavar="NAME", help=COLUMN_HELP)
+    parser.add_argument(
+        "--num-devices", type=int, metavar="N", help="the plan is for N devices instead of the profile's number"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     lengths = read_lengths(arguments.lengths, arguments.column)
     profile = Profile.load(arguments.profile)
+    if arguments.num_devices is not None:
+        profile = profile.for_devices(arguments.num_devices)
     plan = Plan.load(arguments.plan)
     if not plan.has_plan:
         raise ValueError(f"{arguments.plan}: {plan.status.value}: {plan.reason}")
