@@ -202,6 +202,22 @@ def test_figures_of_a_step_count_what_is_there():
     assert set(figures.process_groups) == used
 
 
+def test_figures_by_the_measured_tables_are_those_that_a_plan_is_chosen_by():
+    document = profile(4).to_json()
+    document["tables"] = {"1": {"lengths": [10, 100], "seconds_per_token": [0.002, 0.004]}}
+    with_tables = flexsp.Profile.from_json(document)
+    lengths = np.array([60, 30, 20, 10, 90])
+    plan = flexsp.plan(lengths, with_tables)
+    assert plan.predicted_table_s is not None and plan.predicted_table_s != plan.predicted_s
+    figures = step_figures(0, plan, lengths, with_tables)
+    assert figures.table_s == pytest.approx(plan.predicted_table_s) and figures.step_s == pytest.approx(
+        plan.predicted_s
+    )
+    static = step_figures(0, flexsp.plan(lengths, with_tables, "static"), lengths, with_tables)
+    assert planner_figures("flex", [figures], [static]).table_speedup == pytest.approx(static.table_s / figures.table_s)
+    assert step_figures(0, flexsp.plan(lengths, profile(4)), lengths, profile(4)).table_s is None
+
+
 def test_figures_of_all_steps_are_those_of_the_whole():
     flex, static = steps_of("flex", 5), steps_of("static", 5)
     figures = planner_figures("flex", flex, static)

@@ -28,7 +28,9 @@ class StepFigures:
     sequences: int
     tokens: int
     step_s: float
-    """By the cost model; the optimizer's own time is not in it."""
+    """By the cost model's formula; the optimizer's own time is not in it."""
+    table_s: float | None = None
+    """The same by the profile's measured tables; None where it has none."""
     lower_bound_s: float
     """No plan for this batch takes less."""
     solve_s: float | None
@@ -71,6 +73,7 @@ def step_figures(step: int, plan: Plan, lengths: LengthArray, profile: Profile, 
         sequences=len(lengths),
         tokens=int(lengths.sum()),
         step_s=timeline.step_s,
+        table_s=_table_s(plan, lengths, profile) if profile.tables else None,
         lower_bound_s=bound_s,
         solve_s=plan.solve_s or 0.0,
         layout=str(plan),
@@ -82,6 +85,17 @@ def step_figures(step: int, plan: Plan, lengths: LengthArray, profile: Profile, 
         peak_memory_bytes=max(span.memory_bytes for span in timeline.spans),
         **_by_degree(timeline, lengths),
         process_groups=tuple(sorted({(s.ranks[0], s.sp_degree) for s in timeline.spans if s.sp_degree > 1})),
+    )
+
+
+def _table_s(plan: Plan, lengths: LengthArray, profile: Profile) -> float:
+    return sum(
+        profile.compute.fixed_s
+        + max(
+            profile.group_table_s(group.sp_degree, lengths[list(group.sequences)].tolist(), micro_batch.policy)
+            for group in micro_batch.groups
+        )
+        for micro_batch in plan.micro_batches
     )
 
 
@@ -112,6 +126,8 @@ class PlannerFigures:
     """Seconds of all steps under the baseline, over those under this planner."""
     step_speedups: tuple[float, ...]
     """The same of each step."""
+    table_speedup: float | None
+    """Of all steps, by the profile's measured tables; None where it has none."""
     median_solve_s: float | None
     slowest_solve_s: float | None
     """None where no plan was made here."""
@@ -196,6 +212,7 @@ def planner_figures(planner: str, steps: Sequence[StepFigures], baseline: Sequen
         total_s=total_s,
         speedup=sum(s.step_s for s in baseline) / total_s,
         step_speedups=tuple(b.step_s / s.step_s for b, s in zip(baseline, steps, strict=True)),
+        table_speedup=_over(_table_total_s(baseline), _table_total_s(steps)),
         median_solve_s=statistics.median(solves_s) if solves_s else None,
         slowest_solve_s=max(solves_s, default=None),
         compute_share=share("compute"),
@@ -208,3 +225,12 @@ def planner_figures(planner: str, steps: Sequence[StepFigures], baseline: Sequen
         tokens_by_degree={d: sum(s.tokens_by_degree.get(d, 0) for s in steps) / tokens for d in degrees},
         process_groups=len({group for s in steps for group in s.process_groups}),
     )
+
+
+def _table_total_s(steps: Sequence[StepFigures]) -> float | None:
+    times = [s.table_s for s in steps]
+    return None if None in times else sum(s for s in times if s is not None)
+
+
+def _over(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None

@@ -35,6 +35,9 @@ def verdict(case: CaseFigures, profile: Profile) -> tuple[str, ...]:
     if mixed is None:
         return _single_degree_only(case, static)
     sentences = [*_beaten(case, mixed, static), _gain(case, mixed, static), _where_time_goes(mixed, static)]
+    if mixed.table_speedup is not None:
+        contrary = (mixed.table_speedup < 1) != (mixed.speedup < 1)
+        sentences.insert(0 if contrary else -1, _by_tables(mixed, mixed.table_speedup))
     if not _faster(static, mixed):
         if mixed.speedup < LITTLE:
             sentences.append(f"Mixed degrees gain little here: {'; '.join(_why_little(case, mixed, static, profile))}.")
@@ -101,6 +104,14 @@ def _gain(case: CaseFigures, mixed: PlannerFigures, static: PlannerFigures) -> s
         return f"{said}."
     low, high = min(mixed.step_speedups), max(mixed.step_speedups)
     return f"{said} in the median over {len(mixed.steps)} steps ({low:.2f} to {high:.2f} step by step)."
+
+
+def _by_tables(mixed: PlannerFigures, speedup: float) -> str:
+    chosen = ", by which it chooses its plans," if mixed.planner == FLEX else ""
+    return (
+        f"By the profile's measured tables {mixed.planner}{chosen} is {speedup:.2f} times as fast as static; all else "
+        f"here is by the formula."
+    )
 
 
 def _where_time_goes(mixed: PlannerFigures, static: PlannerFigures) -> str:
