@@ -135,6 +135,14 @@ def test_wrong_flags_are_one_line_too(arguments, said):
     assert said in one_line_error(flexsp(*arguments))
 
 
+@pytest.mark.parametrize("planner", ["flex", "static"])
+def test_a_profile_without_costs_is_refused_in_the_words_of_the_simulator(files, planner):
+    lengths, profile, _ = files
+    profile.write_text(json.dumps(profile_json(compute={"quadratic_s": 0, "linear_s": 0, "fixed_s": 0})))
+    error = one_line_error(flexsp("plan", lengths, "--profile", profile, "--planner", planner))
+    assert "test: quadratic_s, linear_s and fixed_s are all 0; give a profile with costs" in error
+
+
 @pytest.mark.parametrize("planner", ["json:loads", "os:getcwd"])
 def test_a_planner_of_the_users_that_is_none_is_one_line(files, planner):
     lengths, profile, _ = files

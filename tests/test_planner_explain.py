@@ -53,6 +53,13 @@ def test_a_sequence_that_is_not_there_is_refused() -> None:
         explain(plan, np.array([5, 6]), profile_of(), 2)
 
 
+def test_a_group_that_takes_no_time_is_explained_too() -> None:
+    profile = profile_of(2, 2, (1, 2), quadratic_s=0.0, linear_s=0.0, fixed_s=1.0)
+    plan = flexsp.plan([5, 6], profile, "static")
+    assert plan.micro_batches[0].groups[0].predicted_s == 0
+    assert explain(plan, np.array([5, 6]), profile, 0).share == 0
+
+
 class TestCommand:
     @pytest.fixture
     def files(self, tmp_path: Path) -> list[str]:

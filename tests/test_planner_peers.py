@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from flexsp.planner.degrees import usable_degrees
 from flexsp.planner.flexible_cp import choose_degrees, pack
 from flexsp.planner.placement import place
 from flexsp.plans import Plan
-from flexsp.profile import Profile
+from flexsp.profile import MOST_TOKENS, Profile
 from planner_cases import lengths, profile_of, profiles
 
 PEERS = ["megatron-dcp", "flexible-cp"]
@@ -87,6 +88,17 @@ def test_no_peer_beats_the_optimum(planner, profile, batch):
 def test_peers_are_compared_with_all_planners_but_exact():
     assert set(COMPARED) == set(PLANNERS) - {"exact"}
     assert len(set(COMPARED)) == len(COMPARED)
+
+
+@pytest.mark.parametrize("planner", [*PEERS, "milp", "batch-adaptive"])
+@pytest.mark.parametrize("bytes_per_token", [1e-15, 1e-300])
+def test_activations_that_cost_next_to_nothing_leave_room_for_all(planner, bytes_per_token):
+    profile = profile_of(4, 4, (1, 2, 4))
+    profile = replace(profile, memory=replace(profile.memory, activation_bytes_per_token=bytes_per_token))
+    assert profile.capacity_tokens(1) == MOST_TOKENS
+    options = {"time_limit_s": 2.0} if planner == "milp" else {}
+    plan = flexsp.plan([60, 30, 900, 5], profile, planner, **options)
+    assert violations(plan, [60, 30, 900, 5], profile) == []
 
 
 @pytest.mark.parametrize("planner", PEERS)

@@ -307,6 +307,7 @@ def test_measured_tables_are_crosses_beside_the_formulas_lines():
         profile(capacity=2),
         profile(1, capacity=3),
         profile(capacity=1e12),
+        profile(capacity=1e25),  # more tokens than 64 bits count
         profile(64, capacity=1),
         profile(2, sp_degrees=[2]),
         with_policies({"none held": {"activation_bytes_per_token": 1e4}}),

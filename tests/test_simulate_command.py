@@ -180,6 +180,13 @@ def test_bad_input_is_one_line_and_status_2(files, capsys, flags, message):
     assert err.startswith("flexsp simulate: ") and err.count("\n") == 1 and message in err
 
 
+def test_a_length_of_a_slip_of_the_keyboard_is_no_million_gigabytes_of_pieces(files, capsys):
+    Path("docs.txt").write_text("10\n1000000000000000\n20\n")
+    status, _, err = run(capsys, *SMALL, "--max-length", "50", "--overlong", "split")
+    assert status == 2 and err.count("\n") == 1
+    assert "docs[1]: length=1000000000000000 is 20,000,000,000,000 pieces of max_length=50" in err
+
+
 def test_policies_are_left_out_with_a_notice_or_taken_for_all(files, capsys):
     policies = {"recompute": {"activation_bytes_per_token": 5, "compute_factor": 1.3}}
     document = profile(4).to_json()

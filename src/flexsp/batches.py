@@ -17,6 +17,9 @@ from flexsp.lengths import LengthArray
 
 IntArray = npt.NDArray[np.int64]
 
+MOST_PIECES = 1 << 27
+"""That splitting adds; more are taken for a slip of the keyboard: their slices alone would take gigabytes."""
+
 
 class Overlong(StrEnum):
     """What happens to a document above the context limit."""
@@ -63,7 +66,8 @@ def limit_lengths(
         describe: what errors call a document.
 
     Raises:
-        ValueError: nothing is left, or a document is above the limit and `overlong` is error.
+        ValueError: nothing is left, a document is above the limit and `overlong` is error, or it would be split into
+            more pieces than any corpus has.
     """
     over = lengths > max_length
     touched_tokens = int(lengths[over].sum())
@@ -84,6 +88,14 @@ def limit_lengths(
         slices = Slices(documents=kept, offsets=np.zeros(len(kept), np.int64), lengths=lengths[kept])
         return slices, Touched(int(over.sum()), touched_tokens, touched_tokens)
     pieces = -(-lengths // max_length)
+    total = int(pieces.sum())
+    if total - len(lengths) > MOST_PIECES:
+        longest = int(np.argmax(pieces))
+        raise ValueError(
+            f"{describe(longest)}: length={lengths[longest]} is {pieces[longest]:,} pieces of max_length={max_length}, "
+            f"{total:,} in all, and more than {MOST_PIECES:,} are not split; correct the length, raise max_length or "
+            f"set overlong to 'drop'"
+        )
     owner = np.repeat(documents, pieces)
     first_piece = np.repeat(np.cumsum(pieces) - pieces, pieces)
     offsets = (np.arange(len(owner)) - first_piece) * max_length

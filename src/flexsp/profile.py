@@ -25,6 +25,8 @@ from flexsp import jsonfields as jf
 
 FloatArray = npt.NDArray[np.float64]
 
+MOST_TOKENS = (2**63 - 1) // 8
+"""A capacity beyond any batch, for activations that cost next to nothing: sums of some still fit into 64 bits."""
 MOST_DEVICES = 1 << 17
 """More are taken for a slip of the keyboard: planning for them would take hours or all memory."""
 
@@ -149,6 +151,15 @@ class Profile:
                 f"model_state_bytes={self.memory.model_state_bytes}, whose part it is; correct one"
             )
 
+    def require_costs(self) -> None:
+        """Refuses a profile in which nothing but the exchange takes any time.
+
+        Raises:
+            ValueError: quadratic_s, linear_s and fixed_s are all 0.
+        """
+        if self.compute.quadratic_s == self.compute.linear_s == self.compute.fixed_s == 0:
+            raise ValueError(f"{self.name}: quadratic_s, linear_s and fixed_s are all 0; give a profile with costs")
+
     # ---- the formulas
 
     def sequence_work_s(self, tokens: int) -> float:
@@ -210,9 +221,10 @@ class Profile:
         return self.activation_bytes_per_token(policy) * tokens <= room_bytes * degree
 
     def capacity_tokens(self, degree: int, policy: str | None = None) -> int:
-        """The most tokens that a group of `degree` ranks can hold."""
+        """The most tokens that a group of `degree` ranks can hold, but for what is beyond any batch."""
         room_bytes = self.memory.memory_bytes - self.memory.model_state_bytes
-        return int(room_bytes * degree // self.activation_bytes_per_token(policy))
+        held = room_bytes * degree // self.activation_bytes_per_token(policy)
+        return int(held) if held < MOST_TOKENS else MOST_TOKENS
 
     def degree_text(self, degree: int) -> str:
         """A degree for people: "8", or "64 (32x2)", ulysses x ring, where it is not Ulysses alone."""

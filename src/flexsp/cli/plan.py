@@ -46,6 +46,7 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     lengths = read_lengths(arguments.lengths, arguments.column)
     profile = Profile.load(arguments.profile)
+    profile.require_costs()
     if arguments.num_devices is not None:
         profile = profile.for_devices(arguments.num_devices)
     options: dict[str, Any] = {}

@@ -36,7 +36,7 @@ class Explanation:
     micro_batch: int
     group: Group
     share: float
-    """Of its group's time, what the sequence takes."""
+    """Of its group's time, what the sequence takes; 0 where the group takes no time."""
     slack_s: float
     """How much longer its group could run before it would be the slowest of its micro-batch."""
     by_degree: list[AtDegree]
@@ -85,10 +85,11 @@ def explain(plan: Plan, lengths: LengthArray, profile: Profile, index: int) -> E
                 change_s += left_s - max(seconds[home])
             if change_s < best.get(other.sp_degree, Move(micro_batch=b, group=other, change_s=math.inf)).change_s:
                 best[other.sp_degree] = Move(micro_batch=b, group=plan.micro_batches[b].groups[g], change_s=change_s)
+    others_s = profile.group_s(group.sp_degree, lengths[remaining], policy) if remaining else 0.0
     return Explanation(
         micro_batch=home,
         group=group,
-        share=1.0 - (profile.group_s(group.sp_degree, lengths[remaining], policy) / own_s if remaining else 0.0),
+        share=1.0 - others_s / own_s if own_s else 0.0,
         slack_s=max(seconds[home]) - own_s,
         by_degree=[
             AtDegree(

@@ -17,9 +17,6 @@ from flexsp.profile import Profile
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-MOST_TOKENS = np.iinfo(np.int64).max // 8
-"""A capacity beyond any batch, for activations that cost next to nothing."""
-
 
 class Tables(NamedTuple):
     """A batch, longest sequence first, under a profile. A named tuple of arrays, because numba compiles those."""
@@ -78,9 +75,7 @@ def tables(
     n, per_node = profile.num_devices, profile.devices_per_node
     work_s: Floats = np.asarray((compute.quadratic_s * tokens + compute.linear_s) * tokens, dtype=np.float64)
     exchange_s = np.array([profile.exchange_s_per_token(d) for d in degrees], dtype=np.float64)
-    capacity = np.array(
-        [[min(profile.capacity_tokens(d, p), MOST_TOKENS) for d in degrees] for p in policies], dtype=np.int64
-    )
+    capacity = np.array([[profile.capacity_tokens(d, p) for d in degrees] for p in policies], dtype=np.int64)
     factor = np.array([profile.memory.policies[p].compute_factor if p else 1.0 for p in policies], dtype=np.float64)
     room_bytes = (profile.memory.memory_bytes - profile.memory.model_state_bytes) * n
     return Tables(

@@ -86,11 +86,7 @@ def simulate(
         ValueError: a worker process died, or a profile says that nothing takes any time.
     """
     for case in cases:
-        compute = case.profile.compute
-        if compute.quadratic_s == compute.linear_s == compute.fixed_s == 0:
-            raise ValueError(
-                f"{case.profile.name}: quadratic_s, linear_s and fixed_s are all 0; give a profile with costs"
-            )
+        case.profile.require_costs()
     workers = workers or _cores()
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
