@@ -18,7 +18,7 @@ from flexsp.lengths import LengthArray
 IntArray = npt.NDArray[np.int64]
 
 MOST_PIECES = 1 << 27
-"""Of all documents together; more are taken for a slip of the keyboard: their slices alone would take gigabytes."""
+"""That splitting adds; more are taken for a slip of the keyboard: their slices alone would take gigabytes."""
 
 
 class Overlong(StrEnum):
@@ -88,7 +88,8 @@ def limit_lengths(
         slices = Slices(documents=kept, offsets=np.zeros(len(kept), np.int64), lengths=lengths[kept])
         return slices, Touched(int(over.sum()), touched_tokens, touched_tokens)
     pieces = -(-lengths // max_length)
-    if (total := int(pieces.sum())) > max(MOST_PIECES, len(lengths)):
+    total = int(pieces.sum())
+    if total - len(lengths) > MOST_PIECES:
         longest = int(np.argmax(pieces))
         raise ValueError(
             f"{describe(longest)}: length={lengths[longest]} is {pieces[longest]:,} pieces of max_length={max_length}, "

@@ -187,7 +187,8 @@ def _policy(arguments: argparse.Namespace, profile: Profile, max_length: int) ->
         use = (
             "no policy" if needed is None else f"policy {needed!r}, without which max_length={max_length} does not fit"
         )
-        _notice(f"planners beside the plans use {use}; --policy names another")
+        known = ", ".join(profile.memory.policies)
+        _notice(f"policies {known} are for the plans; planners beside them use {use}; --policy names another")
     return needed
 
 
