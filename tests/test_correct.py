@@ -149,7 +149,7 @@ def test_held_up_or_rushed_steps_change_nothing(stalls):
     for step in range(20):
         profile = after(correction, RIGHT, 1, lambda step: stalls.get(step, 1.0), first=step)
         for name, ratio in correction.ratios.items():  # at no step, so that no plan suffers
-            assert ratio == pytest.approx(1.0, abs=0.08 if name in ("attention", "linear") else 0.3), (step, name)
+            assert ratio == pytest.approx(1.0, abs=0.08 if name in ("attention", "linear") else 0.35), (step, name)
     assert regret(profile, range(100, 102)) < 0.01
 
 
