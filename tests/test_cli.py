@@ -71,6 +71,13 @@ def test_plan_reads_standard_input(files):
     assert "standard input:2" in one_line_error(flexsp("plan", "-", "--profile", files[1], stdin="5\nx\n"))
 
 
+def test_one_is_not_said_to_be_several(files):
+    lengths, profile, _ = files
+    lengths.write_text("10\n10\n")
+    shown = flexsp("plan", lengths, "--profile", profile, "--planner", "static", "--sp-degree", "4", "--explain", "0")
+    assert "with 1 other, " in shown.stdout
+
+
 def test_check_says_every_fault_and_exits_with_1(files):
     lengths, profile, plan = files
     flexsp("plan", lengths, "--profile", profile, "--output", plan)

@@ -183,6 +183,13 @@ def test_the_picture_holds_every_sequence_and_token():
     assert len({(line.get_color(), line.get_linestyle()) for line in (sequences, tokens, squares)}) == 3
 
 
+def test_legends_cover_nothing():
+    figure = draw(find("github").draw(2000, 1), "github")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
+
+
 @pytest.mark.parametrize("lengths", [[1], [1, 1], [8], [7, 9], [1, 10**9], [2**40]])
 @pytest.mark.parametrize("limit", [None, 1, 8, 10**12])
 def test_extreme_lengths_are_drawn_without_a_warning(lengths, limit, tmp_path):

@@ -54,7 +54,7 @@ def show_explanation(plan: Plan, lengths: LengthArray, profile: Profile, index: 
         console,
         f"sequence {index}: {int(lengths[index]):,} tokens, in micro-batch {found.micro_batch} on ranks "
         f"{_ranks(group)}, "
-        f"with {len(group.sequences) - 1} others, {found.share:.0%} of its group's time; "
+        f"with {_others(len(group.sequences) - 1)}, {found.share:.0%} of its group's time; "
         + (
             f"its group ends {found.slack_s:.3g} s before the slowest"
             if found.slack_s > 0
@@ -98,7 +98,7 @@ def _rows(
         ])  # fmt: skip
     idle = profile.num_devices - sum(group.sp_degree for group in micro_batch.groups)
     if idle:
-        rows.append(["", "", "", "", "", f"{idle} ranks", "", "100%", ""])
+        rows.append(["", "", "", "", "", f"{idle} {'rank' if idle == 1 else 'ranks'}", "", "100%", ""])
     return rows
 
 
@@ -119,6 +119,10 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
 
 def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, soft_wrap=True)
+
+
+def _others(count: int) -> str:
+    return "1 other" if count == 1 else f"{count} others"
 
 
 def _ranks(group: Group) -> str:

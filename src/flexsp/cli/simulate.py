@@ -77,13 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
     if profile.memory.policies and arguments.policy is None and not arguments.plan:
         _notice(f"policies {', '.join(profile.memory.policies)} of the profile are left out; --policy takes one")
     cases = list(_cases(arguments, profile))
-    replayed = [_replayed(path, cases[0]) for path in arguments.plan or ()]
-    usual = BASELINE if replayed else PLANNERS
+    usual = BASELINE if arguments.plan else PLANNERS
     asked = [name.strip() for name in (usual if arguments.planners is None else arguments.planners).split(",")]
     planners = list(COMPARED) if asked == ["all"] else asked
     for name in planners:
         find_planner(name)
-    names = [*(one.planner for one in replayed), *planners]
+    called = _names(arguments.plan or (), {*planners, BASELINE})
+    replayed = [_replayed(path, name, cases[0]) for path, name in zip(arguments.plan or (), called, strict=True)]
+    names = [*called, *planners]
     taken = [*names, *([] if BASELINE in planners else [BASELINE])]
     if clash := next((one.planner for one in replayed if taken.count(one.planner) > 1), None):
         raise ValueError(f"--plan: {clash!r} is the name of two plans, or of a planner that runs too; rename the file")
@@ -141,7 +142,7 @@ def _cases(arguments: argparse.Namespace, profile: Profile) -> Iterator[Case]:
         for name, text in names.items()
     }
     wanted = list(product(corpora, limits, devices))
-    found = 0
+    found, said = 0, set[str]()
     for corpus, limit, num_devices in wanted:
         try:
             whole = profile.for_devices(num_devices)
@@ -165,7 +166,7 @@ def _cases(arguments: argparse.Namespace, profile: Profile) -> Iterator[Case]:
             _notice(f"left out: {corpus}{limit_text}, num_devices={num_devices}: {error}")
             continue
         found += 1
-        _say_assumptions(case, profile)
+        _say_assumptions(case, profile, said)
         yield case
     if not found:
         raise ValueError(
@@ -208,16 +209,30 @@ def _corpus_names(texts: Sequence[str]) -> dict[str, str]:
     return dict(zip(short if len(set(short)) == len(short) else texts, texts, strict=True))
 
 
-def _say_assumptions(case: Case, given: Profile) -> None:
+def _say_assumptions(case: Case, given: Profile, said: set[str]) -> None:
+    """Once each, though a corpus and a limit come with several numbers of devices."""
+    lines = []
     touched = case.touched
     if touched.documents:
         fate = f"dropped, {touched.lost_tokens:,} tokens" if touched.lost_tokens else "split, no token lost"
-        _notice(f"{case.corpus}: {touched.documents:,} sequences exceed max_length={case.max_length}: {fate}")
+        exceed = "1 sequence exceeds" if touched.documents == 1 else f"{touched.documents:,} sequences exceed"
+        lines.append(f"{case.corpus}: {exceed} max_length={case.max_length}: {fate}")
     if case.profile.num_devices != given.num_devices:
-        _notice(case.profile.provenance["assumptions"][-1])
+        lines.append(case.profile.provenance["assumptions"][-1])
+    for line in lines:
+        if line not in said:
+            _notice(line)
+    said.update(lines)
 
 
-def _replayed(path: str, case: Case) -> Done:
+def _names(paths: Sequence[str], running: set[str]) -> list[str]:
+    """What to call plans from files: `flex` for flex.plan.json; `flex.plan` where another is called so."""
+    stems = [Path(path).stem for path in paths]
+    short = [stem.removesuffix(".plan") or stem for stem in stems]
+    return [stem if name in running or short.count(name) > 1 else name for stem, name in zip(stems, short, strict=True)]
+
+
+def _replayed(path: str, name: str, case: Case) -> Done:
     plan = replace(Plan.load(path), lower_bound_s=None)  # the bound is ours to say, the plan is anyone's
     if not plan.has_plan:
         raise ValueError(f"{path}: {plan.status.value}: {plan.reason}")
@@ -226,7 +241,7 @@ def _replayed(path: str, case: Case) -> Done:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     # what planning took, wherever that was, is nothing that we know
-    return Done(case=0, planner=Path(path).stem, step=0, plan=plan, figures=replace(figures, solve_s=None))
+    return Done(case=0, planner=name, step=0, plan=plan, figures=replace(figures, solve_s=None))
 
 
 def _simulated(arguments: argparse.Namespace, cases: list[Case], planners: list[str]) -> tuple[list[Done], bool]:
@@ -264,7 +279,8 @@ def _say(
             results.append(result(case, figures, of_case))
     if interrupted:
         whole = sum(len(each.figures.planners[BASELINE].steps) for each in results)
-        _notice(f"interrupted; {f'what follows is of the {whole} steps done' if whole else 'no step was done'}")
+        steps = "the 1 step" if whole == 1 else f"the {whole} steps"
+        _notice(f"interrupted; {f'what follows is of {steps} done' if whole else 'no step was done'}")
     elif not results:
         raise ValueError(refused[0])
     for each in results:

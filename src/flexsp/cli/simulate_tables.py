@@ -30,7 +30,9 @@ def show_case(case: CaseFigures, console: Console) -> None:
     table = _table(("planner", "step s", "speedup", "plan", "exch", "idle", "micro", "GiB", "degrees"))
     for name, figures in case.planners.items():
         table.add_row(name, *_cells(figures))
-    console.print(table)
+    for column in table.columns[1:]:
+        column.no_wrap = True  # a name of one's own planner may fold, a figure and its heading not
+    _print(table, console)
     for name, reason in case.refused.items():
         say(console, f"{name} has no plan: {reason}")
     for sentence in case.sentences:
@@ -61,7 +63,7 @@ def show_sweep(cases: Sequence[CaseFigures], console: Console) -> None:
             f"{case.planners[BASELINE].median_step_s:.3g} s",
             *("-" if speedup is None else f"{speedup:.2f}" for speedup in speedups),
         )
-    console.print(table)
+    _print(table, console)
     say(console, "static: its median seconds a step; -: no figures, see above")
 
 
@@ -95,6 +97,13 @@ def _table(columns: tuple[str, ...]) -> Table:
         whole = number in (0, len(columns) - 1)
         table.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=whole)
     return table
+
+
+def _print(table: Table, console: Console) -> None:
+    """With less between the columns where they would have to fold."""
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum > console.width:
+        table.padding, table.show_edge = (0, 0), False
+    console.print(table)
 
 
 def say(console: Console, line: str) -> None:

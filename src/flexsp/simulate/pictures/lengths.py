@@ -34,7 +34,7 @@ def draw(lengths: LengthArray, title: str, max_length: int | None = None) -> Fig
     Raises:
         ValueError: matplotlib is missing.
     """
-    figure = drawing.new_figure(10, 7.5)
+    figure = drawing.new_figure(11, 7.5)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     ascending = np.sort(lengths).astype(np.float64)
     edges = _edges(ascending)
@@ -74,8 +74,8 @@ def _histogram(axes: Axes, ascending: Floats, edges: Floats) -> None:
             axes.stairs(shares, edges, linewidth=1.8, **style)
     axes.set_ylabel(f"share, % per 1/{BINS_PER_OCTAVE} of a doubling of the length")
     axes.set_ylim(bottom=0)
-    axes.set_ylim(top=1.12 * axes.get_ylim()[1])  # room for the legend and the name of the limit
-    axes.legend(title="share of")
+    axes.set_ylim(top=1.12 * axes.get_ylim()[1])  # room for the name of the limit
+    _legend(axes, title="share of")
     axes.grid(True, axis="y", alpha=0.3)
 
 
@@ -85,15 +85,20 @@ def _cumulative(axes: Axes, ascending: Floats, edges: Floats) -> None:
     lines: tuple[tuple[Floats, dict[str, Any]], ...] = (
         (np.ones_like(ascending), {**SEQUENCES, "color": "0.6", "linewidth": 2.4}),
         (ascending, TOKENS),
-        (ascending**2, {"color": "0.1", "label": "tokens squared (attention)", "linestyle": "--"}),
+        (ascending**2, {"color": "0.1", "label": "tokens squared\n(attention)", "linestyle": "--"}),
     )
     for weights, style in lines:
         sums = np.concatenate([[0.0], np.cumsum(weights)])
         axes.plot(at, 100 * sums[count] / sums[-1], **{"linewidth": 1.8, **style})
     axes.set_ylabel("in sequences up to\nthat length, %")
     axes.set_ylim(-2, 102)
-    axes.legend(loc="upper left")
+    _legend(axes)
     axes.grid(True, alpha=0.3)
+
+
+def _legend(axes: Axes, **style: Any) -> None:
+    """Beside the axes, where it covers nothing."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0, frameon=False, **style)
 
 
 def _length_axis(axes: Axes, edges: Floats) -> None:
