@@ -160,44 +160,6 @@ def test_planners_can_be_all_and_a_missing_solver_is_said(files, capsys):
     assert head.split() == ["planner", "step", "s", "speedup", "plan", "exch", "idle", "micro", "GiB", "degrees"]
 
 
-WIDE = {"median_solve_s": 0.345, "speedup": 12.34, "micro_batches": 123.4, "peak_memory_bytes": 2.0**37 - 1}
-
-
-def test_six_planners_fit_into_the_80_columns_of_a_pipe(capsys):
-    case = make_case("docs", np.array(DOCUMENTS), profile(4), batch_size=None)
-    done = [
-        Done(case=0, planner=name, step=0, plan=plan, figures=step_figures(0, plan, case.lengths, case.profile))
-        for name in COMPARED
-        for plan in [flexsp.plan(case.lengths, case.profile, "static")]
-    ]
-    figures = case_figures(case, done, COMPARED)
-    wide = {
-        name: replace(each, **WIDE, exchange_share=0.123, idle_share=0.123) for name, each in figures.planners.items()
-    }
-    show_case(replace(figures, planners=wide), Console(width=80))
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if line.split()[:1] and line.split()[0] in COMPARED and "345 ms" in line]
-    assert len(rows) == len(COMPARED) and max(map(len, rows)) <= 80
-    assert all("12.34" in row and "12.3%" in row and "128.0" in row and row.rstrip().endswith(")") for row in rows)
-
-
-def test_what_is_assumed_is_said_once_for_all_numbers_of_devices(files, capsys):
-    status, _, err = run(capsys, *SMALL, "--max-length", "90,200", "--overlong", "drop", "--num-devices", "3,4")
-    assert status == 0, err
-    assert err.count("docs: 4 sequences exceed max_length=200: dropped") == 1 and err.count("for 3 devices from") == 1
-
-
-def test_a_replayed_plan_is_called_what_its_file_is_without_plan(files, capsys):
-    Path("batch.txt").write_text("64\n16\n128\n32\n")
-    for name in ("flex", "static"):
-        flexsp.plan([64, 16, 128, 32], profile(4), name).save(f"{name}.plan.json")
-    flags = ("batch.txt", "--profile", "p.json", "--plan", "flex.plan.json", "static.plan.json", "--output", "out")
-    for planners, called in (((), "flex"), (("--planners", "flex"), "flex.plan")):
-        assert run(capsys, *flags, *planners)[0] == 0
-        names = list(json.loads(Path("out/report.json").read_text())["planners"])
-        assert names[:2] == [called, "static.plan"] and "static" in names
-
-
 WIDE = {"median_solve_s": 0.345, "speedup": 12.34, "micro_batches": 123.4, "peak_memory_bytes": 2.0**37 - 1,
         "tokens_by_degree": {1: 0.3, 8: 0.3, 64: 0.4}, "process_groups": 123}  # fmt: skip
 
