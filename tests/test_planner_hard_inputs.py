@@ -113,6 +113,11 @@ def test_a_senseless_time_limit_is_refused(time_limit_s: float) -> None:
         flexsp.plan([5], profile_of(), time_limit_s=time_limit_s)
 
 
+def test_a_profile_in_which_nothing_takes_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="quadratic_s, linear_s and fixed_s are all 0; give a profile with costs"):
+        flexsp.plan([5, 6, 7], profile_of(quadratic_s=0.0, linear_s=0.0, fixed_s=0.0))
+
+
 def test_exact_refuses_what_it_cannot_look_at() -> None:
     with pytest.raises(ValueError, match=r"num_sequences=9 must be at most 8"):
         flexsp.plan([1] * 9, profile_of(), "exact")

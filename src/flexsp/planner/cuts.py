@@ -12,6 +12,7 @@ All three are differences of prefix sums, so a piece costs O(log of the grid), a
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,43 @@ LEAST_CUTS, MOST_CUTS = 64, 1536
 """Positions evenly spaced by tokens, and as many by count."""
 CUTS_EACH = 8
 """For each micro-batch."""
+EXTRA_COUNTS = 4
+"""Counts of micro-batches tried beyond the least that works."""
+
+
+class Target(NamedTuple):
+    """What one count of micro-batches should take; M = micro-batches."""
+
+    total_s: float
+    """Of all, with fixed costs."""
+    seconds: Floats
+    """(M,) of each, fixed cost apart."""
+    policy: Ints
+    """(M,) number of each one's policy."""
+
+
+def targets(t: Tables) -> list[Target]:
+    """For each promising count of micro-batches the best cuts of the sorted batch, the best count first."""
+    bounds, grid_s = boundaries(t), time_grid(t)
+    before = np.concatenate(([0], np.cumsum(t.tokens)))[bounds].astype(np.float64)
+    pieces = []
+    for p in range(len(t.factor)):
+        prefix_s, first = area_prefix(t, grid_s, bounds, p)
+        pieces.append(piece_seconds(t, grid_s, bounds, before, prefix_s, first, p))
+    policy_of, seconds = np.argmin(pieces, axis=0), np.min(pieces, axis=0)
+    fewest = fewest_micro_batches(t)
+    most = min(len(bounds) - 1, fewest + 2 * EXTRA_COUNTS + fewest // 4)
+    total_s, previous = best_cuts(seconds, most)
+    found = []
+    for count in range(fewest, most + 1):
+        if total_s[count, -1] == math.inf:
+            continue
+        cuts = [len(bounds) - 1]
+        for m in range(count, 0, -1):
+            cuts.append(int(previous[m, cuts[-1]]))
+        at = tuple(np.array([cuts[:0:-1], cuts[-2::-1]]))
+        found.append(Target(float(total_s[count, -1]) + count * t.fixed_s, seconds[at], policy_of[at]))
+    return sorted(found, key=lambda target: target.total_s)
 
 
 def time_grid(t: Tables, size: int = GRID) -> Floats:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flexsp.planner.flex import FEW, _Search, _tables, plan_flex
+from flexsp.planner.flex import plan_flex
+from flexsp.planner.problem import FEW, problem_of
+from flexsp.planner.starts import greedy
 from flexsp.profile import AllToAll, Compute, Memory, Profile
 
 TWO_DEVICES = Profile(
@@ -26,4 +28,4 @@ def load_kernels() -> None:
     for count in (2, FEW + 1):  # few sequences are searched otherwise
         lengths = np.arange(50, 50 + count)
         plan_flex(lengths, TWO_DEVICES)
-        _Search(_tables(lengths, TWO_DEVICES), None)._greedy()
+        greedy(problem_of(lengths, TWO_DEVICES))
