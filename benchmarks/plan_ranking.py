@@ -34,7 +34,7 @@ from flexsp.lengths import LengthArray
 from flexsp.parallel import GroupPool
 from flexsp.planner.assemble import assemble
 from flexsp.profiler import measure_profile, timed_step
-from flexsp.train import build
+from flexsp.train import run_model
 from flexsp.train.config import load_config
 
 ROUNDS = 3
@@ -53,7 +53,7 @@ def main() -> None:
         raise SystemExit(f"world_size={world_size}: run it on two ranks or four, with torchrun --nproc-per-node")
     degrees = [d for d in (1, 2, 4) if d <= world_size]
 
-    model = build.prepare(build.build_model(config.model, seed=0), config.model)
+    model = run_model.prepare(run_model.build_model(config.model, seed=0), config.model)
     groups = GroupPool()
     # every degree holds every sequence here, so that plans differ as much as they can
     limit = int(config.data.max_length)

@@ -33,7 +33,7 @@ from flexsp.parallel import GroupPool, forward_backward
 from flexsp.profiler import measure_profile
 from flexsp.profiler.correct import Correction, corrected, times_of
 from flexsp.profiler.layers import measure_layers
-from flexsp.train import build
+from flexsp.train import run_model
 from flexsp.train.config import load_config
 
 BATCHES = 12
@@ -51,13 +51,13 @@ def main() -> None:
     degrees = [d for d in (1, 2, 4) if d <= world_size]
     limit = int(config.data.max_length)
 
-    bare = build.build_model(config.model, seed=0)
+    bare = run_model.build_model(config.model, seed=0)
     groups = GroupPool()
     few = measure_layers(
         bare.config, groups, sp_degrees=degrees, probe_tokens=limit // 2, device=torch.device("cpu"),
         max_tokens_per_rank=limit // 2, shard_layers=config.model.shard_layers,
     )  # fmt: skip
-    model = build.prepare(bare, config.model)
+    model = run_model.prepare(bare, config.model)
     whole = measure_profile(model, groups, sp_degrees=degrees, max_tokens_per_rank=limit // 2)
 
     sequences, _ = apply_context_limit(open_corpus(config.data.source, config.data), limit, Overlong.DROP)

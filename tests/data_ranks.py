@@ -50,8 +50,8 @@ def begin_slow_worker(source: str, options: DataOptions, model_path: str) -> Non
 
 def opened_by_rank(source: str, cache: str, by_rank: bool = False) -> tuple[str, int, str]:
     """Fingerprint, shards made, error; `by_rank`: each rank has a source and a cache of its own."""
-    from flexsp.train.build import open_on_all_ranks
     from flexsp.train.config import parse_config
+    from flexsp.train.run_data import open_on_all_ranks
 
     formats.PART_BYTES = PART_BYTES
     if by_rank:

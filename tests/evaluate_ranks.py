@@ -24,12 +24,12 @@ from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
 from flexsp.profile import Layout, Profile
 from flexsp.train import evaluate
-from flexsp.train.build import open_on_all_ranks
 from flexsp.train.config import Config, parse_config
 from flexsp.train.display import Display
 from flexsp.train.evaluate import Evaluation, held_out_sequences
 from flexsp.train.failures import Guard
 from flexsp.train.run import train
+from flexsp.train.run_data import open_on_all_ranks
 from profiles import profile
 from reference import build, reference_step, small_config
 

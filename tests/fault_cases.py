@@ -12,7 +12,7 @@ import torch
 
 from flexsp.data import Sequences
 from flexsp.parallel import step
-from flexsp.train import build
+from flexsp.train import run_model
 
 RANK, STEP = 1, 2
 """Where a fault strikes."""
@@ -175,14 +175,14 @@ def loops() -> None:
 
 
 def build_of(strike: Callable[[], Any]) -> None:
-    honest = build.build_model
+    honest = run_model.build_model
 
     def struck(*arguments, **options):
         if here():
             strike()
         return honest(*arguments, **options)
 
-    build.build_model = struck
+    run_model.build_model = struck
 
 
 def raises_early() -> None:
@@ -202,14 +202,14 @@ def asked_early() -> None:
 
 
 def all_asked_early() -> None:
-    honest = build.build_model
+    honest = run_model.build_model
 
     def struck(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2 if here() else 60)
         return honest(*arguments, **options)
 
-    build.build_model = struck
+    run_model.build_model = struck
 
 
 def read_of(strike: Callable[[], Any]) -> None:
@@ -314,7 +314,7 @@ def other_model() -> None:
 
 
 def other_architecture() -> None:
-    honest = build.AutoModelForCausalLM.from_config
+    honest = run_model.AutoModelForCausalLM.from_config
 
     def struck(config, **options):
         config.num_hidden_layers += 1
@@ -323,7 +323,7 @@ def other_architecture() -> None:
         return model
 
     if here():
-        build.AutoModelForCausalLM.from_config = struck
+        run_model.AutoModelForCausalLM.from_config = struck
 
 
 def full(stream: int) -> None:
@@ -344,14 +344,14 @@ def has_a_full_error() -> None:
 
 
 def out_of_memory_in_building() -> None:
-    honest = build.AutoConfig.for_model
+    honest = run_model.AutoConfig.for_model
 
     def struck(*arguments, **fields):
         if here():
             raise MemoryError("Unable to allocate 4.00 GiB")
         return honest(*arguments, **fields)
 
-    build.AutoConfig.for_model = struck
+    run_model.AutoConfig.for_model = struck
 
 
 def out_of_memory_in_evaluation() -> None:

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING
 
 import evaluate_ranks as on_ranks
 from flexsp.data import Sequences, hold_out, open_corpus
-from flexsp.train.build import build_sequences
 from flexsp.train.config import load_config, parse_config
 from flexsp.train.records import SEQUENCES
+from flexsp.train.run_data import build_sequences
 from flexsp.watch.rows import METRICS, last_rows
 from reference import small_config
 from test_equality import MIXED, SPECIAL, generated_cases, plan, ring

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 import small_tokenizers
 from fault_runs import Launcher
-from flexsp.train.build import tokenizer_of
 from flexsp.train.config import parse_config
+from flexsp.train.run_model import tokenizer_of
 
 TEXTS = ("--data.source", "text.jsonl", "--run.save_model", "true")
 FIRST = (*TEXTS, "--data.tokenizer", "bpe", "--model.config.vocab_size", "300", "--train.lr", "3e-2")

@@ -17,8 +17,8 @@ from flexsp.profiler.memory import PeakFit, most_live_bytes
 from flexsp.profiler.parts import needed_bytes
 from flexsp.profiler.points import Point
 from flexsp.profiler.policies import Pair, PolicyReading, policies_by_parts, policy
-from flexsp.train.build import _with_policies
 from flexsp.train.config import parse_config
+from flexsp.train.run_profile import _with_policies
 from profiles import profile
 from reference import build, small_config
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexsp.train.build import build_model
 from flexsp.train.config import ModelConfig
+from flexsp.train.run_model import build_model
 
 LLAMA = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flexsp.parallel import check_model, prepare_model
+from flexsp.parallel.model import make_mesh
 from flexsp.profiler.memory import LiveTensors, shard_bytes
-from flexsp.train import build
+from flexsp.train import run_model
 from flexsp.train.config import ModelConfig
 
 
@@ -30,18 +31,18 @@ def persistent(model: nn.Module) -> set[str]:
 def difference(config: ModelConfig) -> str:
     """How a model with rank 0's weights differs from one that is built whole on each rank; empty: in nothing."""
     rank = dist.get_rank()
-    ours = build.build_on_first_rank(config, seed=3 + rank)  # the others' seed is of no account
+    ours = run_model.build_on_first_rank(config, seed=3 + rank)  # the others' seed is of no account
     random = torch.get_rng_state()
     if {p.is_meta for p in ours.parameters()} != {rank != 0}:
         return "real weights elsewhere than on rank 0, or none there"
-    build.prepare(ours, config)
+    run_model.prepare(ours, config)
     # as before: whole on each rank
-    whole = build.build_model(config, seed=3)
+    whole = run_model.build_model(config, seed=3)
     if not torch.equal(random, torch.get_rng_state()):
         return "random numbers go on otherwise"
     whole = prepare_model(
-        whole, mesh=build.make_mesh(config.replicate), shard_layers=config.shard_layers,
-        param_dtype=build._param_dtype(config), reduce_dtype=torch.float32,
+        whole, mesh=make_mesh(config.replicate), shard_layers=config.shard_layers,
+        param_dtype=run_model.param_dtype(config), reduce_dtype=torch.float32,
     )  # fmt: skip
     return unlike(ours, whole)
 
@@ -72,19 +73,19 @@ def unlike(ours: Any, whole: Any) -> str:
 def difference_from_path(config: ModelConfig, path: ModelConfig) -> str:
     """The same where rank 0 has saved a model of `config` at the path."""
     if dist.get_rank() == 0:
-        build.build_model(config, seed=7).save_pretrained(path.path)
+        run_model.build_model(config, seed=7).save_pretrained(path.path)
     dist.barrier()
     return difference(path)
 
 
 def held_bytes(config: ModelConfig) -> tuple[int, int, int, int]:
     """The most that tensors of this rank held while its shards were filled; its shards, all weights, a layer's."""
-    model = build.build_on_first_rank(config, seed=0)
+    model = run_model.build_on_first_rank(config, seed=0)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
     check_model(model)  # the small model that it tries is made once
     with LiveTensors() as tensors:
-        build.prepare(model, config)
+        run_model.prepare(model, config)
     return tensors.most_bytes, shard_bytes(model), whole, layer
 
 

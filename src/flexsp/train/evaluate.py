@@ -31,7 +31,7 @@ from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.track import Track, silent
-from flexsp.train import build
+from flexsp.train import run_data, run_profile
 from flexsp.train.config import Config
 from flexsp.watch.rows import last_rows
 from flexsp.watch.summary import finite
@@ -77,10 +77,10 @@ def held_out_sequences(
         return None
     if config.eval.source:
         config = replace(config, data=replace(config.data, source=config.eval.source, held_out=0))
-        sequences = build.build_sequences(config, build.open_on_all_ranks(config, track))
+        sequences = run_data.build_sequences(config, run_data.open_on_all_ranks(config, track))
     else:
-        sequences = build.build_sequences(config, corpus, held_out=True)
-    return build.check_fit(model, sequences, config.data)
+        sequences = run_data.build_sequences(config, corpus, held_out=True)
+    return run_data.check_fit(model, sequences, config.data)
 
 
 class Evaluation:
@@ -189,7 +189,7 @@ class Evaluation:
         with contextlib.ExitStack() as stack:
             ahead: PlansAhead | None = None
             if first < len(self._ids) and dist.get_rank() == 0:
-                options = build.planner_options(self._config)
+                options = run_profile.planner_options(self._config)
                 ahead = PlansAhead(self._profile, planner.name, options, planner.timeout_s, planner.fallback, where)
                 stack.callback(ahead.close)
                 for number in range(first, len(self._ids)):

@@ -11,10 +11,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from flexsp.train.build import DTYPES
 from flexsp.train.checkpoint import Schedule
 from flexsp.train.config import Config, TrainConfig
 from flexsp.train.out_of_memory import is_out_of_memory
+from flexsp.train.run_model import DTYPES
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,

@@ -23,11 +23,11 @@ from flexsp.profiler.make import device_name
 from flexsp.profiler.mixed import fill_from_estimate, other_device
 from flexsp.profiler.parts import parts_of, read_model_config
 from flexsp.profiler.work import planned_flops
-from flexsp.train.build import DTYPES
 from flexsp.train.display import Display
 from flexsp.train.failures import Guard, Say
 from flexsp.train.profile_room import Room, saying_where_memory_ran_out
 from flexsp.train.ranks import joined_ranks
+from flexsp.train.run_model import DTYPES
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from flexsp.planner.policies import policy_for
 from flexsp.planner.replay import read_plan_log
 from flexsp.plans import Plan
 from flexsp.profile import Profile
-from flexsp.train import alike, build
+from flexsp.train import alike, run_data, run_model, run_profile
 from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
@@ -95,12 +95,12 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
     first_step, folder = 0 if start is None else start.steps, Path(config.run.dir)
     replay = from_first_rank(lambda: read_plan_log(config.planner.replay) if config.planner.replay else {}, groups)
     guard.place.at("opening the data")
-    corpus = build.open_on_all_ranks(config, watch.display.tell)
+    corpus = run_data.open_on_all_ranks(config, watch.display.tell)
     check_data(config, start, corpus)
-    sequences = build.build_sequences(config, corpus)
+    sequences = run_data.build_sequences(config, corpus)
     guard.place.at("building the model")
-    model = build.build_on_first_rank(config.model, config.train.seed)
-    sequences = build.check_fit(model, sequences, config.data)
+    model = run_model.build_on_first_rank(config.model, config.train.seed)
+    sequences = run_data.check_fit(model, sequences, config.data)
     if dist.get_rank() == 0:
         say_passed_over(config, start, corpus.fingerprint, len(sequences.lengths))
     held_out = held_out_sequences(config, model, corpus, watch.display.tell)
@@ -115,14 +115,14 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
             "set model.dtype='bfloat16' unless float32 is meant"
         )
     alike.check_model(model, config, groups.control)
-    model = build.prepare(model, config.model)
+    model = run_model.prepare(model, config.model)
     guard.place.at("measuring the profile")
-    measured = build.build_profile(config, model, groups, watch.display)
+    measured = run_profile.build_profile(config, model, groups, watch.display)
     if config.planner.profile:
         alike.check_profile(measured.to_json(), groups.control)
     saved = None if start is None else start.profile
     profile = from_first_rank(lambda: go_on(measured, folder, config.planner.correct, saved), groups)
-    build.check_profile(profile, config, None if profile == measured else folder / FILE)
+    run_profile.check_profile(profile, config, None if profile == measured else folder / FILE)
     guard.place.at("preparing the first step")
     device = next(model.parameters()).device
     learner = Learner(measured, profile, groups, device, folder, config.planner.correct, first_step)
@@ -137,7 +137,7 @@ def _train(config: Config, groups: GroupPool, start: Start | None, guard: Guard,
             return
         guard.place.at("saving the model")  # before anything else that may fail
         if config.run.save_model:
-            save_pretrained(model, folder / "model", build.tokenizer_of(config))
+            save_pretrained(model, folder / "model", run_model.tokenizer_of(config))
         guard.place.at("comparing planners")
         compared = [loader.unplanned(config.train.steps + i) for i in range(config.run.compare_batches)]
     if compared and policy_for(learner.profile, config.data.max_length):
@@ -167,7 +167,7 @@ def _loader(
         first_step=first_step,
         seed=config.train.seed,
         planner=config.planner.name,
-        options=build.planner_options(config),
+        options=run_profile.planner_options(config),
         plan_ahead=config.planner.plan_ahead,
         plan_timeout_s=config.planner.timeout_s,
         replay=replay,
