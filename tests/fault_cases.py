@@ -426,14 +426,14 @@ def has_no_finite_gradient() -> None:
     at_forward(lambda loss: loss.register_hook(lambda gradient: gradient * float("nan")))
 
 
-def has_no_finite_gradient_from_there_on() -> None:
+def never_has_a_finite_gradient() -> None:
     from flexsp.train import loop
 
     honest = loop.forward_backward
 
     def struck(model, batch, groups):
         result = honest(model, batch, groups)
-        if batch.step >= STEP and here():
+        if here():
             next(model.parameters()).grad.mul_(float("inf"))
         return result
 

@@ -54,7 +54,8 @@ class Ended:
     @property
     def said(self) -> list[str]:
         """Our lines."""
-        return [line.partition(": ")[2] for line in self.err.splitlines() if re.match("flexsp (train|verify):", line)]
+        ours = re.compile("flexsp (train|verify|profile): (.*)")
+        return [found[2] for line in self.err.splitlines() if (found := ours.match(line))]
 
 
 class Launcher:

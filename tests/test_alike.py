@@ -104,7 +104,8 @@ def test_a_node_without_the_models_config_is_named(launcher):
     save_model(launcher.folder / "model")
     shutil.rmtree(launcher.folder / "model-of-another-node", ignore_errors=True)
     ended = launcher.run("other_model", *PATH)
-    assert ended.statuses == [1, 1]
+    assert ended.statuses == [2, 2]
     one_line(
-        ended, r"rank 1, building the model: ValueError: model\.path='model-of-another-node': .* \(traceback in .*"
+        ended,
+        r"rank 1: model\.path='model-of-another-node': transformers cannot make this model \(.*\); correct it",
     )

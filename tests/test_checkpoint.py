@@ -21,7 +21,8 @@ import checkpoint_ranks as do
 from flexsp.train import safe_load
 from flexsp.train.checkpoint import FOLDER, PART, ids_sha256, saved_checkpoints
 from flexsp.train.digests import STATE, SUFFIX, check_digests
-from flexsp.train.resume import check_order, find_start, say_passed_over, say_versions
+from flexsp.train.resume import find_start
+from flexsp.train.resume_checks import check_order, say_passed_over, say_versions
 from flexsp.train.run_dir import write_began
 from rank_pool import RanksFailed
 

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import small_tokenizers
 from fault_runs import Launcher
+from flexsp.parallel import RankError, prepare_model, save_pretrained
 from flexsp.train.config import parse_config
 from flexsp.train.run_model import tokenizer_of
+from reference import build, small_config
 
 TEXTS = ("--data.source", "text.jsonl", "--run.save_model", "true")
 FIRST = (*TEXTS, "--data.tokenizer", "bpe", "--model.config.vocab_size", "300", "--train.lr", "3e-2")
@@ -77,3 +80,18 @@ def test_the_tokenizer_is_the_data_s_or_the_model_s(tmp_path):
 
     assert found("", bpe) == bpe and found("other", bpe) == "other"
     assert found("", bare) == "" and found("bytes", bpe) == ""
+
+
+def finds_a_file_where_folders_must_be(path: str) -> None:
+    model = prepare_model(build(small_config(), torch.float32))
+    with pytest.raises(
+        RankError, match=r"cannot be saved as .*/file/model \(rank 0: (NotADirectory|FileExists)Error: "
+    ):
+        save_pretrained(model, f"{path}/file/model")
+    save_pretrained(model, f"{path}/model")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_on_all_ranks_which_go_on(ranks, tmp_path):
+    (tmp_path / "file").touch()
+    ranks(2).run(finds_a_file_where_folders_must_be, str(tmp_path))
+    assert (tmp_path / "model/model.safetensors").exists()

@@ -277,20 +277,6 @@ def test_a_head_that_looks_at_the_tokens_ids_is_found_out(needed):
     assert find_base_model(OfIds(needed)) == "its logits are made of the tokens' ids too"
 
 
-def test_a_forward_that_takes_no_ids_is_given_none():
-    model = build(small_config(), torch.float64)
-    plain = model.forward
-
-    def forward(*, input_ids=None, use_cache=None):
-        if input_ids is not None:
-            raise ValueError("no ids here")
-        return plain(use_cache=use_cache)
-
-    model.forward = forward
-    base = find_base_model(model)
-    assert isinstance(base, BaseModel) and not base.takes_ids
-
-
 def refuses_chunks_of_nothing() -> None:
     with pytest.raises(ValueError, match="loss_chunk_tokens=0 must be at least 1"):
         prepare_model(build(small_config(), torch.float64), loss_chunk_tokens=0)

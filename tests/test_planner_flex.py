@@ -110,7 +110,7 @@ def test_more_time_never_gives_a_worse_plan() -> None:
 
 def _with_looks(lengths: LengthArray, looks: int) -> flexsp.Plan:
     """What `flex` finds when its deadline passes after so many looks at the clock."""
-    from flexsp.planner import flex
+    from flexsp.planner import flex, problem
 
     class Clock:
         now = 0
@@ -120,7 +120,9 @@ def _with_looks(lengths: LengthArray, looks: int) -> flexsp.Plan:
             return float(self.now)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flex, "time", Clock())
+        clock = Clock()
+        for module in (flex, problem):
+            patch.setattr(module, "time", clock)
         return flexsp.plan(lengths, PROFILE, time_limit_s=float(looks))
 
 

@@ -54,7 +54,8 @@ def test_a_second_start_waits_then_ends_in_one_line_and_one_after_a_kill_goes_on
 
 
 def test_a_folder_that_not_all_ranks_see_is_refused_before_anything_is_trained(folder, launcher):
-    ended = launcher.run("sees_another_folder", "--run.dir", "apart")
+    patience = ("--planner.timeout_s", "3", "--run.timeout_s", "8")
+    ended = launcher.run("sees_another_folder", "--run.dir", "apart", *patience)
     assert ended.statuses == [2, 2] and ended.said == [
         "run.dir='apart' is another folder on rank 1: checkpoints need one that all nodes see; give a folder on a file "
         "system that they share"

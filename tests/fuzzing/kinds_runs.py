@@ -62,7 +62,7 @@ def _all_of(path: str, cache: Path) -> list[list[int]]:
     found = []
     for document, length in enumerate(sequences.corpus.lengths):
         tokens, labels = corpus.read(document, 0, int(length))
-        if len(tokens) != length or len(labels) != length or (len(tokens) and tokens.max() > corpus.max_token):
+        if len(tokens) != length or len(labels) != length or (len(tokens) and tokens.max() > corpus.largest.max()):
             raise Broken(f"document {document} of {length} tokens is read as {len(tokens)} with {len(labels)} labels")
         found.append([int(token) for token in tokens])
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from flexsp.cli.allocator import grow_segments
+from flexsp.cli.last_line import say_as
 from flexsp.lengths import parse_tokens
 
 
@@ -67,16 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
             cluster=arguments.cluster,
             num_devices=arguments.num_devices,
         )
-        return profile_model(request, say)
+        return profile_model(request, say_as("profile"))
     except ValueError as error:  # of flags and configs; what goes wrong later, the ranks say themselves
         if first_to_say(str(error)):
             raise
         return 2
-
-
-def say(text: str, status: int) -> None:
-    """How it ends where something goes wrong, in one line."""
-    print(f"flexsp profile: {text}", file=sys.stderr if status else sys.stdout, flush=True)
 
 
 def _degrees(text: str | None) -> list[int]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from flexsp.cli.allocator import grow_segments
+from flexsp.cli.last_line import say_as
 
 
 def add_to(commands: Any) -> None:
@@ -28,13 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     from flexsp.train.run import run_from_config
 
     try:
-        return run_from_config(arguments.config, arguments.overrides, say)
+        return run_from_config(arguments.config, arguments.overrides, say_as("train"))
     except ValueError as error:  # of the configuration; what goes wrong later, the run says itself
         if first_to_say(str(error)):
             raise
         return 2
-
-
-def say(text: str, status: int) -> None:
-    """How the run ends, in one line: on standard error, or where nothing is wrong on standard output."""
-    print(f"flexsp train: {text}", file=sys.stderr if status else sys.stdout, flush=True)

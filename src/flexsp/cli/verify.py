@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from typing import Any
 
 from flexsp.cli.allocator import grow_segments
+from flexsp.cli.last_line import say_as
 
 
 def add_to(commands: Any) -> None:
@@ -44,14 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
                 tolerance=arguments.tolerance,
             ),
             partial(print, flush=True),
-            say,
+            say_as("verify"),
         )
     except ValueError as error:
         if first_to_say(str(error)):
             raise
         return 2
-
-
-def say(text: str, status: int) -> None:
-    """How it ends where something goes wrong, in one line."""
-    print(f"flexsp verify: {text}", file=sys.stderr if status else sys.stdout, flush=True)

@@ -87,8 +87,6 @@ class TokenStore:
     """(documents,) tokens, each at least 1."""
     largest: npt.NDArray[np.uint32]
     """(documents,) the largest token id or label of each."""
-    max_token: int
-    """The largest of all; 0 where there is no document."""
     left_out: Mapping[str, tuple[int, str]]
     """Rows that are no documents, by reason: how many, and the first as an error would name it."""
     num_empty: int
@@ -107,7 +105,6 @@ class TokenStore:
         none = np.empty(0, dtype=np.int64)
         self.lengths = np.concatenate([none, *(np.diff(offsets) for offsets in self._offsets)])
         self.largest = np.concatenate([none.astype(np.uint32), *(shard.largest() for shard in made.shards)])
-        self.max_token = int(self.largest.max(initial=0))
         self.left_out = _left_out(recipe, made)
         self.num_empty = self.left_out.get(Reason.EMPTY, (0, ""))[0]
         self.num_broken = sum(count for reason, (count, _) in self.left_out.items() if reason not in NOT_BROKEN)

@@ -45,7 +45,7 @@ class Documents:
         return self.whole.describe(int(self.documents[document]))
 
     def __getattr__(self, name: str) -> Any:
-        """What is true of the whole: its largest token, how many documents were left out."""
+        """What is true of the whole: how many documents were left out, and why."""
         if name.startswith("__") or "whole" not in self.__dict__:  # while it is unpickled
             raise AttributeError(name)
         return getattr(self.whole, name)

@@ -13,7 +13,7 @@ from flexsp.parallel.groups import GroupPool
 
 Made = TypeVar("Made")
 PATIENCE = datetime.timedelta(days=7)
-"""How long ranks wait for one that tokenizes or writes a model; if it dies, they notice at once."""
+"""How long ranks wait for one that tokenizes, or loads or writes a model; if it dies, they notice at once."""
 
 
 def from_first_rank(make: Callable[[], Made], groups: GroupPool) -> Made:

@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 Forward = Callable[..., Any]
 
 NOT_CALLED = "its forward does not call its base model once"
-NEEDS_MORE = "its forward needs more than hidden states"
 TRIED_TOKENS = 3
 TOLERANCE = 1e-2
 """How far the logits of a token may differ, relatively, with the tokens beside it: half precision rounds."""
@@ -67,8 +66,6 @@ class BaseModel:
         self._taken_by: Callable[[Tensor], None] | None = None
         self.calls = 0
         """Since it was wrapped."""
-        self.takes_ids = True
-        """Whether the model's forward is given ids beside the hidden states."""
         plain = module.forward
         self._unwrap = functools.partial(module.__dict__.pop, "forward")
         if "forward" in module.__dict__:
@@ -96,10 +93,9 @@ class BaseModel:
         The tokens' ids are stand-ins, all of them `token`: some forwards read their shape before the base model's call.
         """
         ids_1t = torch.full(hidden_1tD.shape[:2], token, device=hidden_1tD.device)
-        given = {"input_ids": ids_1t} if self.takes_ids else {}
         self._answer = hidden_1tD
         try:
-            logits = model_forward(**given, use_cache=False).logits
+            logits = model_forward(input_ids=ids_1t, use_cache=False).logits
         finally:
             self._answer = None
         assert isinstance(logits, Tensor)
@@ -200,14 +196,11 @@ def find_base_model(model: PreTrainedModel) -> BaseModel | str:
         if not isinstance(module, torch.nn.Module) or module is model or module is head:
             continue
         base = BaseModel(module)
-        for base.takes_ids in (True, False):
-            fault = _fault(model, base, hidden)
-            if fault is None:
-                return base
-            if base.calls:
-                reason = fault
-            if not fault.startswith(NEEDS_MORE):
-                break
+        fault = _fault(model, base, hidden)
+        if fault is None:
+            return base
+        if base.calls:
+            reason = fault
         base.unwrap()
     return reason
 
@@ -226,17 +219,17 @@ def base_model_of_first_rank(model: PreTrainedModel) -> BaseModel | str:
 
 def _fault(model: PreTrainedModel, base: BaseModel, hidden_1tD: Tensor) -> str | None:
     """What is wrong with the logits made of hidden states alone."""
-    base.calls, ids = 0, (0, 1) if base.takes_ids else (0,)
+    base.calls = 0
     try:
         with torch.no_grad():
-            together, *others = [base.logits(model.forward, hidden_1tD, token) for token in ids]
+            together, other = (base.logits(model.forward, hidden_1tD, token) for token in (0, 1))
             one_by_one = [base.logits(model.forward, each) for each in hidden_1tD.split(1, dim=1)]
     except Exception as error:  # what a model's forward needs beside hidden states is its own affair
         said = (str(error).splitlines() or [""])[0]
-        return f"{NEEDS_MORE} ({type(error).__name__}: {said})"
-    if base.calls != len(ids) + len(one_by_one):
+        return f"its forward needs more than hidden states ({type(error).__name__}: {said})"
+    if base.calls != 2 + len(one_by_one):
         return NOT_CALLED
-    if not all(torch.equal(other, together) for other in others):
+    if not torch.equal(other, together):
         return "its logits are made of the tokens' ids too"
     apart = torch.cat(one_by_one, dim=1)
     if apart.shape != together.shape or not (apart - together).norm() <= TOLERANCE * together.norm():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from flexsp.lengths import LengthArray, lengths_sha256
 from flexsp.planner.bound import lower_bound_s
+from flexsp.planner.by_tables import table_s
 from flexsp.planner.placement import place
 from flexsp.plans import Group, MicroBatch, Plan, Status
 from flexsp.profile import Profile
@@ -47,7 +48,6 @@ def assemble(
     built = tuple(_micro_batch(choice, lengths, profile) for choice in choices)
     predicted_s = sum(micro_batch.predicted_s or 0.0 for micro_batch in built)
     bound_s = min(lower_bound_s(lengths, profile), predicted_s)  # above it by rounding at most
-    table_s = sum(_table_s(micro_batch, lengths, profile) for micro_batch in built) if profile.tables else None
     proven = predicted_s <= bound_s * (1 + OPTIMAL_GAP)
     return Plan(
         num_devices=profile.num_devices,
@@ -56,7 +56,7 @@ def assemble(
         lengths_sha256=lengths_sha256(lengths),
         status=Status.OPTIMAL if proven else Status.FEASIBLE,
         predicted_s=predicted_s,
-        predicted_table_s=table_s,
+        predicted_table_s=table_s(built, lengths, profile),
         lower_bound_s=bound_s,
         solve_s=solve_s + time.perf_counter() - began,
     )
@@ -79,14 +79,6 @@ def _micro_batch(choice: MicroBatchChoice, lengths: LengthArray, profile: Profil
     built.sort(key=lambda group: group.ranks[0])
     slowest_s = max(group.predicted_s or 0.0 for group in built)
     return MicroBatch(groups=tuple(built), predicted_s=profile.compute.fixed_s + slowest_s, policy=choice.policy)
-
-
-def _table_s(micro_batch: MicroBatch, lengths: LengthArray, profile: Profile) -> float:
-    """Seconds of a micro-batch by the profile's measured tables."""
-    return profile.compute.fixed_s + max(
-        profile.group_table_s(group.sp_degree, lengths[list(group.sequences)].tolist(), micro_batch.policy)
-        for group in micro_batch.groups
-    )
 
 
 def too_long(

@@ -1,4 +1,5 @@
-"""Where a profile has measured tables: the formula that fits them best at the lengths of one batch.
+"""Where a profile has measured tables: what they make of a plan, and the formula that fits them best at the lengths of
+one batch.
 
 Two terms may miss a device's behaviour over all lengths and still hit it over those of a batch. Every sequence gives
 an equation in seconds a token, weighted by its tokens: quadratic * s + linear at degree 1; what a higher degree's table
@@ -7,15 +8,31 @@ has above its share of that is the degree's exchange. Cost: O(K D).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from flexsp.lengths import LengthArray
+from flexsp.plans import MicroBatch
 from flexsp.profile import FloatArray, Profile
 
 LEAST_S_PER_TOKEN = 1e-15
 """Of an exchange that the table does not show."""
+
+
+def table_s(micro_batches: Iterable[MicroBatch], lengths: LengthArray, profile: Profile) -> float | None:
+    """Seconds of all micro-batches by the measured tables; None where the profile has none."""
+    if not profile.tables:
+        return None
+    return sum(
+        profile.compute.fixed_s
+        + max(
+            profile.group_table_s(group.sp_degree, lengths[list(group.sequences)].tolist(), micro_batch.policy)
+            for group in micro_batch.groups
+        )
+        for micro_batch in micro_batches
+    )
 
 
 def localized(profile: Profile, lengths: LengthArray) -> Profile:

@@ -8,7 +8,8 @@
    the degree that is cheapest in device-seconds among those that meet the target. Do so for the most promising counts
    and for targets a few per cent larger.
    Where sequences are long against a device's memory, groups of the least degree leave much of it empty: every degree
-   for all, as `batch-adaptive` packs it, is a start too, if it may be faster. So `flex` is never slower than that.
+   for all, as `batch-adaptive` packs it, is a start too, if it may be faster. So by the formula `flex` is never
+   slower than that.
 4. Take the best two and divide the sequences of two micro-batches at a time anew, between other targets, while that
    gains (`search.divide_anew`).
 5. Halve groups that have time to spare (`loosen`): the same predicted time with less exchange.

@@ -38,7 +38,7 @@ from flexsp.profiler.measure import (
 )
 from flexsp.profiler.memory import OPTIMIZER_COPIES, PeakFit, shard_bytes
 from flexsp.profiler.parts import HEAD_TOKENS, SMALL_VOCABULARY, build_part, parts_of
-from flexsp.profiler.points import SHARES, Mix, Part, Point, fit_points, held_out_mixes
+from flexsp.profiler.points import MANY, Mix, Part, Point, fit_points, held_out_mixes
 from flexsp.profiler.policies import PolicyReading, measurable, policies_by_parts, read_policies
 from flexsp.profiler.policies import residual_bytes as residual_under
 from flexsp.profiler.probe import Probe, Reading
@@ -217,8 +217,8 @@ def _run_part(
 
 def _head_points(tokens: int) -> list[Point]:
     """Rows of short sequences, in which the head weighs most."""
-    short = max(1, tokens // SHARES[-1])
-    return [Point(1, (1,), count=4), *(Point(1, (short,) * count) for count in (SHARES[-1], SHARES[-1] // 2))]
+    short = max(1, tokens // MANY)
+    return [Point(1, (1,), count=4), *(Point(1, (short,) * count) for count in (MANY, MANY // 2))]
 
 
 def _by_difference(done: Sequence[_PartDone], values: Sequence[float], shape: ModelShape) -> float:

@@ -18,7 +18,9 @@ Mix = list[tuple[int, tuple[int, ...]]]
 """One micro-batch: by group its degree and the lengths that it holds, larger degrees first."""
 
 SHARES = (1, 4, 16)
-"""A full row holds so many sequences: from a long one to many short ones."""
+"""Sequences of a full row, from a long one to many short ones, where a few rows must do."""
+MANY = SHARES[-1]
+"""Sequences of which rows of the fixed terms are made, and those of full rows even where they are short."""
 SHORTEST = 16
 """Tokens of the shortest sequences that are timed."""
 SHORT = 128
@@ -81,7 +83,7 @@ def row_tokens(tokens: int, degree: int) -> int:
 
 def shares(tokens: int) -> list[int]:
     """How many sequences full rows of `tokens` a rank are timed with."""
-    most = max(SHARES[-1], tokens // SHORT)
+    most = max(MANY, tokens // SHORT)
     return [4**power for power in range(most.bit_length()) if 4**power <= most]
 
 
@@ -98,11 +100,11 @@ def fit_points(tokens: int, degrees: Sequence[int]) -> list[Point]:
             length = max(1, row // share)
             if length >= SHORTEST or share == 1:
                 points.append(Point(degree, (length,) * share))
-        if row >= SHARES[-1]:  # so many tokens less, so much more often: what is paid a row
-            short = row // SHARES[-1]
+        if row >= MANY:  # so many tokens less, so much more often: what is paid a row
+            short = row // MANY
             points += [Point(degree, (short,) * 8, count=2), Point(degree, (short,) * 2, count=4)]
-        if row >= 2 * SHARES[-1]:
-            points.append(Point(degree, (row // (2 * SHARES[-1]),), count=4))
+        if row >= 2 * MANY:
+            points.append(Point(degree, (row // (2 * MANY),), count=4))
     return points
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from flexsp.lengths import LengthArray
 from flexsp.planner.bound import lower_bound_s
+from flexsp.planner.by_tables import table_s
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.simulate.timeline import Timeline, replay
@@ -73,7 +74,7 @@ def step_figures(step: int, plan: Plan, lengths: LengthArray, profile: Profile, 
         sequences=len(lengths),
         tokens=int(lengths.sum()),
         step_s=timeline.step_s,
-        table_s=_table_s(plan, lengths, profile) if profile.tables else None,
+        table_s=table_s(plan.micro_batches, lengths, profile),
         lower_bound_s=bound_s,
         solve_s=plan.solve_s or 0.0,
         layout=str(plan),
@@ -85,17 +86,6 @@ def step_figures(step: int, plan: Plan, lengths: LengthArray, profile: Profile, 
         peak_memory_bytes=max(span.memory_bytes for span in timeline.spans),
         **_by_degree(timeline, lengths),
         process_groups=tuple(sorted({(s.ranks[0], s.sp_degree) for s in timeline.spans if s.sp_degree > 1})),
-    )
-
-
-def _table_s(plan: Plan, lengths: LengthArray, profile: Profile) -> float:
-    return sum(
-        profile.compute.fixed_s
-        + max(
-            profile.group_table_s(group.sp_degree, lengths[list(group.sequences)].tolist(), micro_batch.policy)
-            for group in micro_batch.groups
-        )
-        for micro_batch in plan.micro_batches
     )
 
 

@@ -102,7 +102,7 @@ def simulate(
         for job in jobs(case, planners, options or {})
     )
     try:
-        # the first alone: an installation's first plan compiles the planner's kernels, for all workers
+        # the first alone: the first worker of an installation compiles the planner's kernels, for all of them
         yield pool.submit(_plan_one, *next(tasks)).result()
         yield from _as_they_come(pool, tasks, AHEAD * workers)
     except BrokenProcessPool:

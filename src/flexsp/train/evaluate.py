@@ -21,6 +21,7 @@ import numpy as np
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from flexsp import jsonfields as jf
 from flexsp.data import Corpus, PlannedBatch, Sequences
 from flexsp.data.packing import IntArray
 from flexsp.data.plans_ahead import Made, PlansAhead
@@ -34,7 +35,6 @@ from flexsp.track import Track, silent
 from flexsp.train import run_data, run_profile
 from flexsp.train.config import Config
 from flexsp.watch.rows import last_rows
-from flexsp.watch.summary import finite
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class Evaluation:
             "sequences": score.sequences,
             "eval_s": score.eval_s,
         }
-        row = finite(row)
+        row = jf.finite(row)
 
         def write() -> str:
             try:

@@ -29,7 +29,8 @@ from flexsp.train.learn import Learner
 from flexsp.train.not_finite import NotFinite, NotFiniteError
 from flexsp.train.optimizers import build_optimizer
 from flexsp.train.out_of_memory import HEADROOM, OutOfMemoryError, describe, is_out_of_memory
-from flexsp.train.resume import Start, check_order, say_versions
+from flexsp.train.resume import Start
+from flexsp.train.resume_checks import check_order, say_versions
 from flexsp.train.run_dir import write_began
 from flexsp.train.throughput import Throughput
 from flexsp.train.watch import Watch

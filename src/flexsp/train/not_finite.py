@@ -39,8 +39,8 @@ class NotFinite:
         if self._how == ERROR:
             raise NotFiniteError(
                 f"{said}; it has changed no weight: with train.on_not_finite='skip' the same command goes on from the "
-                f"last checkpoint and leaves such steps out, with another run.dir and checkpoint.resume it takes a "
-                f"lower train.lr"
+                f"last checkpoint, if there is one, and leaves such steps out, with another run.dir and "
+                f"checkpoint.resume it takes a lower train.lr"
             )
         if self._in_a_row >= MOST_IN_A_ROW:
             raise NotFiniteError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -61,6 +62,8 @@ def check_optimizer(config: Config, device: torch.device) -> None:
 
 def build_optimizer(model: PreTrainedModel, config: TrainConfig) -> tuple[torch.optim.Optimizer, Schedule]:
     """The optimizer and the learning-rate schedule; see `check_optimizer`."""
+    # a schedule goes on where the optimizer leaves out the first step
+    warnings.filterwarnings("ignore", message=r"Detected call of .lr_scheduler\.step", category=UserWarning)
     return _optimizer(model.parameters(), config)
 
 

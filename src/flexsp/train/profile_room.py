@@ -76,10 +76,8 @@ class Room:
         if share + beside < room:
             return
         ways = []
-        _, gathered = model_state_bytes(self.shape, 2, self.dtype, weight_bytes=self.weight_bytes)
-        left = room - self.before_bytes - gathered
-        if left > 0:
-            least = math.floor(share * devices / left) + 1
+        if room > beside:
+            least = math.floor(share * devices / (room - beside)) + 1
             ways.append(f"{'' if for_cluster else '--cluster NAME '}--num-devices {least} or more")
             ways += [] if for_cluster else [f"{least} ranks of as much memory"]
         if self.weight_bytes == FP32_BYTES and share / 2 + beside < room:

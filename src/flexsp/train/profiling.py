@@ -166,8 +166,8 @@ def _work(flops: float, peak_flops_per_s: float | None) -> str:
 
 def _check_writable(output: Path) -> None:
     """Refuses what could not be saved, before anything is measured."""
-    folders = [parent for parent in output.absolute().parents if os.path.exists(parent)]
-    if os.path.isdir(output) or not os.path.isdir(folders[0]) or not os.access(folders[0], os.W_OK):
+    folder = next(parent for parent in output.absolute().parents if os.path.exists(parent))
+    if os.path.isdir(output) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ValueError(f"--output={output} cannot be written; give a file in a folder that can be")
 
 

@@ -14,11 +14,11 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from flexsp import jsonfields as jf
 from flexsp.data import PlannedBatch
 from flexsp.planner.replay import FILE as PLANS
 from flexsp.train.sinks import Sinks
 from flexsp.watch.rows import METRICS, last_rows
-from flexsp.watch.summary import finite
 
 SEQUENCES = "sequences.jsonl"
 NAMES = (METRICS, SEQUENCES, PLANS)
@@ -59,7 +59,7 @@ class Records:
         if not self._files:
             return
         rows = {
-            METRICS: finite(metrics),
+            METRICS: jf.finite(metrics),
             SEQUENCES: {"step": batch.step, "ids": batch.sequence_ids.tolist()},
             PLANS: {"step": batch.step, "plan": batch.plan.to_json()},
         }
@@ -72,6 +72,6 @@ class Records:
         """What is known of an earlier step only now: its row once more with that, if this folder has it."""
         row = last_rows(self._folder / METRICS).get(step) if self._files else None
         if row is not None and not more.items() <= row.items():
-            self._files[METRICS].write(json.dumps(finite({**row, **more})) + "\n")
+            self._files[METRICS].write(json.dumps(jf.finite({**row, **more})) + "\n")
             self._files[METRICS].flush()
             self._sinks.write({"step": step, **more})

@@ -30,7 +30,8 @@ from flexsp.train.learn import FILE, Learner, go_on
 from flexsp.train.loop import Loop
 from flexsp.train.optimizers import check_optimizer
 from flexsp.train.ranks import joined_ranks
-from flexsp.train.resume import Start, check_data, resume_point, say_passed_over
+from flexsp.train.resume import Start, resume_point
+from flexsp.train.resume_checks import check_data, say_passed_over
 from flexsp.train.run_dir import held_folder
 from flexsp.train.sinks import check_sinks
 from flexsp.train.watch import Watch
@@ -82,7 +83,7 @@ def train(config: Config, display: Display, guard: Guard, held: ExitStack) -> No
     check_optimizer(config, groups.device)
     from_first_rank(lambda: check_sinks(config), groups)
     guard.place.at("waiting for run.dir")
-    held.enter_context(held_folder(Path(config.run.dir), groups))
+    held.enter_context(held_folder(Path(config.run.dir), groups, config.run.timeout_s))
     guard.place.at("looking for a checkpoint")
     start = resume_point(config, groups)
     first_step = 0 if start is None else start.steps

@@ -32,14 +32,21 @@ log = logging.getLogger(__name__)
 LOCK, BEGAN = "run.lock", "run.json"
 PATIENCE_S = 5.0
 """How long a start waits for the lock: a run that was killed or told to stop may still be ending."""
+SEEN_WITHIN_S = 65.0
+"""How long a new file may take to be seen on another node: NFS believes for a minute that there is none."""
 
 
 @contextmanager
-def held_folder(folder: Path, groups: GroupPool) -> Iterator[None]:
+def held_folder(folder: Path, groups: GroupPool, timeout_s: float) -> Iterator[None]:
     """Makes a run's folder, and holds it against other starts while inside. A collective; the first rank holds it.
 
+    Args:
+        folder: of the run.
+        groups: of all ranks.
+        timeout_s: of collectives, in which ranks wait for those that do not see the folder.
+
     Raises:
-        ValueError: it cannot be made or written to, or another run holds it.
+        ValueError: it cannot be made or written to, another run holds it, or a rank does not see it.
     """
     with ExitStack() as stack:
 
@@ -49,12 +56,12 @@ def held_folder(folder: Path, groups: GroupPool) -> Iterator[None]:
             _lock(file, folder)
 
         from_first_rank(hold, groups)
-        _check_shared(folder, groups)
+        _check_shared(folder, groups, min(SEEN_WITHIN_S, timeout_s / 2))
         yield
 
 
-def _check_shared(folder: Path, groups: GroupPool) -> None:
-    """Whether all ranks see the folder that the first one made: what others wrote elsewhere no start would find.
+def _check_shared(folder: Path, groups: GroupPool, within_s: float) -> None:
+    """Whether all ranks come to see the folder that the first made: what others wrote elsewhere no start would find.
 
     Raises:
         ValueError: on all ranks alike, where one does not.
@@ -72,7 +79,7 @@ def _check_shared(folder: Path, groups: GroupPool) -> None:
     if not name:
         return
     seen: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(seen, _comes(folder / name), group=groups.control)
+    dist.all_gather_object(seen, _comes(folder / name, within_s), group=groups.control)
     if dist.get_rank() == 0:
         with suppress(OSError):
             (folder / name).unlink()
@@ -83,10 +90,10 @@ def _check_shared(folder: Path, groups: GroupPool) -> None:
         )
 
 
-def _comes(path: Path) -> bool:
+def _comes(path: Path, within_s: float) -> bool:
     """Whether a file is there within a while: a file system of several machines may be late."""
-    until = time.monotonic() + PATIENCE_S
-    while not path.exists():
+    until = time.monotonic() + within_s
+    while not os.path.exists(path):  # no error for what cannot be looked at, as `Path.exists` has
         if time.monotonic() > until:
             return False
         time.sleep(0.1)

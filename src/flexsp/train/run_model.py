@@ -27,25 +27,23 @@ def build_on_first_rank(config: ModelConfig, seed: int) -> PreTrainedModel:
     rank 0 has.
 
     Raises:
-        ValueError: on all ranks alike, where rank 0 cannot build or load it; or this rank's own, where others can.
+        ValueError: on all ranks alike: one of them cannot build or load it.
     """
     # its own group: however long rank 0 loads is no fault, and its end is noticed at once
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    model, failed = None, None
+    model, said = None, ""
     try:
         model = build_model(config, seed, empty=dist.get_rank() != 0)
     except ValueError as error:  # said below, so that nobody waits for this rank
-        failed = error
+        said = str(error)
     every: list[Any] = [None] * dist.get_world_size()
     state = torch.get_rng_state() if dist.get_rank() == 0 else None
-    dist.all_gather_object(every, (str(failed or ""), state), group=patient)
+    dist.all_gather_object(every, (said, state), group=patient)
     dist.destroy_process_group(patient)
-    said, state = every[0]
-    if said:
-        raise ValueError(said)
-    if failed is not None:
-        raise failed
-    torch.set_rng_state(state)
+    for rank, (fault, _) in enumerate(every):
+        if fault:
+            raise ValueError(f"rank {rank}: {fault}" if rank else fault)
+    torch.set_rng_state(every[0][1])
     assert model is not None
     return model
 

@@ -22,7 +22,7 @@ from flexsp.train.rank_logs import FOLDER, RankLog
 from flexsp.train.records import Records
 from flexsp.train.sinks import Sinks, open_sinks
 from flexsp.watch.rows import METRICS, last_rows
-from flexsp.watch.summary import KEYS, finite, lines, summary
+from flexsp.watch.summary import KEYS, lines, summary
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Watch:
             "files": [METRICS, SUMMARY, *self._sinks.names, FOLDER],
         }
         self._say(lines(found))
-        jsonfields.write_object(self._folder / SUMMARY, finite(found))
+        jsonfields.write_object(self._folder / SUMMARY, jsonfields.finite(found))
 
     def _say(self, said: list[tuple[str, str]]) -> None:
         if not self.display.console.is_terminal:

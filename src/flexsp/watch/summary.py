@@ -109,15 +109,6 @@ def lines(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return said
 
 
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have: the loss of a run that diverged is NaN."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def duration(seconds: float) -> str:
     """`0:04` of minutes and seconds, `2:00:04` with hours."""
     minutes, rest = divmod(round(seconds), 60)
