@@ -9,24 +9,22 @@ silently wrong results are the worst fault there is. So a small model of the sam
    gives, which finds all that reaches across tokens outside of attention: convolutions, recurrent states, positions
    counted from the tokens at hand, routing that depends on the batch;
 3. one token backward: every parameter that any row gives a gradient must get one.
-
-Letters: T = tokens, N = heads, K = KV heads.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexsp.parallel.experts import is_expert
+from flexsp.parallel.seen import APART, DENSE, Seen
 from flexsp.parallel.small import DROPOUT, POSITIONS, VOCABULARY, make_small, quiet
 
-DENSE, APART = "flexsp-probe-dense", "flexsp-probe-apart"
 TOLERANCE = 1e-4
 """Relative, of logits in fp64: eager attention and many norms compute in fp32 inside. A fault is larger by orders."""
 RANDOM = "its result is random in training, or changes from one forward to the next"
@@ -34,11 +32,6 @@ UNCHECKED = "it cannot be checked, as no small model of its kind runs by itself 
 LENGTH = 24
 REPEATS = 3
 """Of a forward that may be random."""
-HARMLESS = {
-    "is_causal", "position_ids", "cache_position", "output_attentions", "output_hidden_states", "use_cache",
-    "output_router_logits", "logits_to_keep", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
-}  # fmt: skip
-"""Arguments of attention that do not change what plain attention computes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,106 +45,7 @@ class Asked:
 
 NOTHING = Asked()
 
-
-@dataclass(slots=True)
-class _Seen:
-    """What attention layers were called with; handed through the model's forward as the real context is."""
-
-    calls: int = 0
-    strange: set[str] = field(default_factory=set)
-    """Arguments that nobody here knows."""
-    masked: bool = False
-    not_causal: str = ""
-    """Class of a layer that sees later tokens."""
-    sinks: bool = False
-    dropout: bool = False
-
-    def note(
-        self,
-        module: torch.nn.Module,
-        attention_mask: Tensor | None,
-        s_aux: Tensor | None,
-        dropout: float,
-        arguments: dict[str, Any],
-    ) -> None:
-        self.calls += 1
-        self.sinks |= s_aux is not None
-        self.dropout |= bool(dropout)
-        self.masked |= attention_mask is not None
-        self.strange |= {name for name, value in arguments.items() if value is not None and name not in HARMLESS}
-        causal = arguments.get("is_causal")
-        if not (getattr(module, "is_causal", True) if causal is None else causal):
-            self.not_causal = type(module).__name__
-
-    def fault(self) -> str | None:
-        """What our attention would not have computed."""
-        if self.calls == 0:
-            return "its layers do not hand keyword arguments to the attention interface of transformers"
-        if self.not_causal:
-            return f"is_causal=False of {self.not_causal}: its tokens see later ones"
-        if self.strange:
-            return f"its attention takes {', '.join(sorted(self.strange))}, which flexsp's does not compute"
-        if self.masked:
-            return "its attention is given a mask of its own"
-        return None
-
-
-def _dense(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    sp_context: _Seen | None = None,
-    **arguments: Any,
-) -> tuple[Tensor, None]:
-    """What `flexsp_attention` computes for one sequence, written out."""
-    if sp_context is not None:
-        sp_context.note(module, attention_mask, s_aux, dropout, arguments)
-    groups = query.shape[1] // key.shape[1]
-    k_NTH, v_NTV = (x[0].repeat_interleave(groups, dim=0) for x in (key, value))
-    scores_NTT = query[0] @ k_NTH.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap:
-        scores_NTT = softcap * (scores_NTT / softcap).tanh()
-    place = torch.arange(query.shape[2])
-    distance_TT = place[:, None] - place
-    hidden = (distance_TT < 0) | (distance_TT >= (sliding_window or len(place)))
-    scores_NTT = scores_NTT.masked_fill(hidden, -torch.inf)
-    if s_aux is not None:
-        sinks = s_aux.to(scores_NTT.dtype)[:, None, None].expand(-1, len(place), 1)
-        scores_NTT = torch.cat([scores_NTT, sinks], dim=-1)
-    weights = scores_NTT.softmax(-1)[..., : len(place)]
-    return (weights @ v_NTV).transpose(0, 1)[None].contiguous(), None
-
-
-def _apart(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    sp_context: _Seen | None = None,
-    **arguments: Any,
-) -> tuple[Tensor, None]:
-    """An attention in which a token sees itself alone, yet whose output tells queries and keys apart."""
-    groups = query.shape[1] // key.shape[1]
-    out = value.repeat_interleave(groups, dim=1)
-    for x in (query, key.repeat_interleave(groups, dim=1)):
-        direction = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device).sin()
-        out = out + (x @ direction)[..., None].tanh()
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(DENSE, _dense)
-AttentionInterface.register(APART, _apart)
-
-_Key = tuple[type, str, bool]
-_FOUND: dict[_Key, tuple[str | None, Asked]] = {}
+_FOUND: dict[tuple[type, str, bool], tuple[str | None, Asked]] = {}
 
 
 def fault_of(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool = True) -> str | None:
@@ -176,7 +70,7 @@ def _found(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool
     key = (kind, json.dumps(config.to_dict(), sort_keys=True, default=str), training)
     if key not in _FOUND:
         with quiet():
-            seen = _Seen()
+            seen = Seen()
             fault = _probe(kind, config, training, seen)
             _FOUND[key] = fault, Asked(sinks=seen.sinks, dropout=_drops_out(kind, config))
     return _FOUND[key]
@@ -190,7 +84,7 @@ def _drops_out(kind: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
     fields = config.get_text_config().to_dict().items()
     if not any(type(value) is float and value > 0 and DROPOUT.search(name) for name, value in fields):
         return False
-    seen = _Seen()
+    seen = Seen()
     try:
         _logits(make_small(kind, config, torch.float64, few_heads=True, dropout=True), DENSE, SEQUENCE, seen)
     except Exception:  # of the model's own code
@@ -198,7 +92,7 @@ def _drops_out(kind: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
     return seen.dropout
 
 
-def _probe(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool, seen: _Seen) -> str | None:
+def _probe(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool, seen: Seen) -> str | None:
     try:
         model = make_small(kind, config, torch.float64, few_heads=True).train(training)
         eager = _logits(model, "eager", SEQUENCE)
@@ -210,7 +104,7 @@ def _probe(kind: type[PreTrainedModel], config: PreTrainedConfig, training: bool
         return f"its layers do not run on a share of a packed row ({_line(error)})"
 
 
-def _unlike_eager(model: Any, eager: Tensor, seen: _Seen) -> str | None:
+def _unlike_eager(model: Any, eager: Tensor, seen: Seen) -> str | None:
     if not all(_close(_logits(model, "eager", SEQUENCE), eager) for _ in range(REPEATS)):
         return RANDOM
     ours = _logits(model, DENSE, SEQUENCE, seen)
@@ -299,7 +193,7 @@ def _logits(
     model: Any,
     attention: str,
     tokens: list[tuple[int, int]],
-    seen: _Seen | None = None,
+    seen: Seen | None = None,
     grad: bool = False,
     numbered: bool = True,
 ) -> Tensor:
@@ -311,7 +205,7 @@ def _logits(
         cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32)
         arguments |= dict(
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=LENGTH, max_length_k=LENGTH,
-            sp_context=seen or _Seen(),
+            sp_context=seen or Seen(),
         )  # fmt: skip
     with torch.set_grad_enabled(grad):
         logits: Tensor = model(input_ids=ids, use_cache=False, **arguments).logits[0]
