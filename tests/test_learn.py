@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -73,6 +74,19 @@ def test_a_learned_ratio_that_is_none_is_one_line_that_names_it(tmp_path, ratio,
     assert text.count('"linear": 7.0') == 1
     path.write_text(text.replace('"linear": 7.0', f'"linear": {ratio}'))
     with pytest.raises(ValueError, match=rf"profile\.json: provenance: correction: linear=.*{rule}"):
+        go_on(base, tmp_path, correct=True)
+
+
+@pytest.mark.parametrize("left", ["", "{", '{"format": "flexsp-profile/1"}'])
+def test_a_learned_profile_that_a_loss_of_power_broke_is_the_checkpoint_s(tmp_path, caplog, left):
+    base = profile()
+    learned = learned_from(base, tmp_path)
+    (tmp_path / FILE).write_text(left)
+    logging.getLogger("flexsp").propagate = True
+    assert go_on(base, tmp_path, correct=True, saved=learned) == learned
+    (warned,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert f"{tmp_path / FILE}: " in warned and warned.endswith("; the checkpoint's is taken instead")
+    with pytest.raises(ValueError, match=r"profile\.json: .*; or delete it: no more is lost than what the run learned"):
         go_on(base, tmp_path, correct=True)
 
 

@@ -51,21 +51,37 @@ def go_on(started_from: Profile, folder: Path, correct: bool, saved: Profile | N
     """What an earlier run in `folder` learned, where it started from the same profile; else that profile itself.
 
     Its seconds are made anew from the ratios, so that they are within bounds of what it started from, whoever wrote it.
+    The file is written at each step and never synced, which would cost a step more than it is worth: a loss of power
+    may leave it empty.
 
     Args:
         started_from: the measured or given profile.
         folder: of the run.
-        saved: what a checkpoint holds, where the folder holds nothing.
         correct: whether times are corrected; else only the memory estimate is taken over.
+        saved: what a checkpoint holds, where the folder holds nothing that can be read.
 
     Raises:
-        ValueError: the learned profile cannot be read; the message names the file and the field.
+        ValueError: the learned profile cannot be read, and there is no checkpoint; the message names file and field.
     """
     path = folder / FILE
-    learned = Profile.load(path) if os.path.exists(path) else saved
-    if learned is None or (learned is saved and STARTED_FROM not in learned.provenance):
+    if os.path.exists(path):
+        try:
+            return _learned(started_from, Profile.load(path), str(path), correct)
+        except ValueError as error:
+            if saved is None:
+                raise ValueError(f"{error}; or delete it: no more is lost than what the run learned") from None
+            log.warning("profile: %s; the checkpoint's is taken instead", error)
+    if saved is None or STARTED_FROM not in saved.provenance:
         return started_from
-    where = "the checkpoint" if learned is saved else str(path)
+    return _learned(started_from, saved, "the checkpoint", correct)
+
+
+def _learned(started_from: Profile, learned: Profile, where: str, correct: bool) -> Profile:
+    """What was learned, by `where`; `started_from` itself where that is another profile's.
+
+    Raises:
+        ValueError: a ratio is no positive number.
+    """
     if learned.provenance.get(STARTED_FROM) != profile_sha256(started_from):
         log.info("profile: %s was learned from another profile and is not used", where)
         return started_from
