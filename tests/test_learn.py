@@ -319,7 +319,7 @@ def test_a_rank_that_was_hardly_filled_says_nothing_of_a_tokens_bytes(ranks, tmp
 def learned_without_a_folder(folder: str) -> str:
     try:
         learned_on_ranks(folder, [1200, 1000])
-    except ValueError as error:
+    except RankError as error:
         return str(error)
     return "no error"
 
@@ -327,8 +327,8 @@ def learned_without_a_folder(folder: str) -> str:
 def test_a_profile_that_cannot_be_saved_is_an_error_on_all_ranks(ranks, tmp_path):
     (tmp_path / "file").write_text("")
     for said in ranks(2).run(learned_without_a_folder, str(tmp_path / "file")):
-        assert said.startswith("step 7: the profile could not be corrected or saved")
-        assert "cannot be written" in said
+        assert said.startswith("step 7, rank 0, saving the profile: ")
+        assert "profile.json: cannot be written (File exists)" in said
 
 
 def data_bytes_at_rest() -> int:

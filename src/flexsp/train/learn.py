@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from flexsp import jsonfields as jf
 from flexsp.data import PlannedBatch
-from flexsp.parallel import GroupPool, StepResult
+from flexsp.parallel import GroupPool, RankError, StepResult
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.profiler.correct import Correction, times_of
@@ -154,6 +154,10 @@ class Learner:
         Returns:
             The profile to plan with from now on, where it is another one, the same on all ranks; and on rank 0 what
             metrics.jsonl says of times and memory.
+
+        Raises:
+            ValueError: on all ranks alike: what was measured cannot correct the profile.
+            RankError: on all ranks alike: rank 0 cannot save it, on a full disk say.
         """
         peak = float(self._peak)
         own = torch.tensor([(t.elapsed_s, t.busy_s, t.exchange_s, peak) for t in result.times], dtype=torch.float64)
@@ -163,12 +167,14 @@ class Learner:
         answer: list[Any] = [None]
         metrics: dict[str, Any] = {}
         if gathered is not None:
-            try:
+            try:  # what fails is sent on, so that all ranks end alike
                 answer[0], metrics = self._learn(batch, [rank.tolist() for rank in gathered])
-            except (ValueError, np.linalg.LinAlgError) as error:  # sent on, so that all ranks end alike
-                answer[0] = ValueError(f"step {batch.step}: the profile could not be corrected or saved: {error}")
+            except (ValueError, np.linalg.LinAlgError) as error:
+                answer[0] = ValueError(f"step {batch.step}: the profile could not be corrected: {error}")
+            else:
+                answer[0] = self._save(answer[0], batch.step)
         dist.broadcast_object_list(answer, src=0, group=self._groups.control)
-        if isinstance(answer[0], ValueError):
+        if isinstance(answer[0], Exception):
             raise answer[0]
         if answer[0] is not None:
             self.profile = answer[0]
@@ -208,8 +214,16 @@ class Learner:
                 self._say_underrated(batch.step, raised)
         if new is not None:
             new = self._named(new, self._correction.applied if self._correction is not None else {})
-            new.save(self._folder / FILE)
         return new, metrics
+
+    def _save(self, new: Profile | None, step: int) -> Profile | RankError | None:
+        """Saves what was learned, if anything, and returns it; or what keeps rank 0 from that."""
+        try:
+            if new is not None:
+                new.save(self._folder / FILE)
+        except ValueError as error:
+            return RankError(f"step {step}, rank 0, saving the profile: {error}")
+        return new
 
     def _say(self, step: int, ratios: Mapping[str, float]) -> None:
         """The ratios, where one has moved by `WORTH_SAYING` since they were last said; all are in metrics.jsonl."""
