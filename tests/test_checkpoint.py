@@ -159,9 +159,11 @@ def test_another_order_of_the_data_is_an_error_and_other_versions_are_a_warning(
     check_order(config, start, ids)  # this checkpoint was saved without a loader
     foreseen = replace(start, state={**start.state, "next_ids_sha256": ids_sha256(ids)})
     check_order(config, foreseen, ids)
-    with pytest.raises(
-        ValueError, match=r"train.seed=0 gives step 1 other sequences than .*step-00000001 foresaw, with"
-    ):
+    where = r"train.seed=0 gives step 1 other sequences than .*step-00000001 foresaw, "
+    with pytest.raises(ValueError, match=where + r"as flexsp .*, which saved it, left out other documents; go on with"):
+        check_order(config, foreseen, ids[::-1])
+    foreseen.state["versions"] = {**foreseen.state["versions"], "numpy": "1.0"}
+    with pytest.raises(ValueError, match=where + r"with numpy .* instead of 1.0; install that one, or give another"):
         check_order(config, foreseen, ids[::-1])
     logging.getLogger("flexsp").propagate = True
     say_versions(start)

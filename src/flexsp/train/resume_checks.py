@@ -40,7 +40,7 @@ def check_data(config: Config, start: Start | None, corpus: TokenStore) -> None:
     if not (was and now["files"]):
         which = "files changed"
     elif not changed:
-        which = "the files are the same, and the tokenizer or its chat template changed"
+        which = "the files are the same, and the tokenizer, its chat template or what flexsp leaves out changed"
     raise ValueError(
         f"data.source={config.data.source!r} holds other tokens than those with which {start.path} was made: {which}; "
         f"restore them, or give another run.dir"
@@ -56,10 +56,13 @@ def check_order(config: Config, start: Start, next_ids: IntArray) -> None:
     foreseen = start.state.get("next_ids_sha256", "")  # an older checkpoint has none
     if not start.own or not foreseen or foreseen == ids_sha256(next_ids):
         return
-    was = jf.as_object(start.state.get("versions", {}), "versions").get("numpy")
+    was, now = jf.as_object(start.state.get("versions", {}), "versions"), versions()["numpy"]
+    why = f"with numpy {now} instead of {was.get('numpy')}; install that one"
+    if was.get("numpy") == now:
+        why = f"as flexsp {was.get('flexsp')}, which saved it, left out other documents; go on with that very one"
     raise ValueError(
-        f"train.seed={config.train.seed} gives step {start.steps} other sequences than {start.path} foresaw, with "
-        f"numpy {versions()['numpy']} instead of {was}; install that one, or give another run.dir"
+        f"train.seed={config.train.seed} gives step {start.steps} other sequences than {start.path} foresaw, {why}, or "
+        f"give another run.dir"
     )
 
 
