@@ -51,8 +51,8 @@ def go_on(started_from: Profile, folder: Path, correct: bool, saved: Profile | N
     """What an earlier run in `folder` learned, where it started from the same profile; else that profile itself.
 
     Its seconds are made anew from the ratios, so that they are within bounds of what it started from, whoever wrote it.
-    The file is written at each step and never synced, which would cost a step more than it is worth: a loss of power
-    may leave it empty.
+    The file is written after each step that corrects it and never synced, which would cost a step more than it is
+    worth: a loss of power may leave it empty.
 
     Args:
         started_from: the measured or given profile.
