@@ -16,6 +16,7 @@ from flexsp.train import checkpoint, safe_load
 from flexsp.train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from flexsp.train.config import Config, parse_config
 from flexsp.train.optimizers import build_optimizer
+from flexsp.train.records import NAMES
 from flexsp.train.resume import find_start, resume_point
 from profiles import profile
 
@@ -195,6 +196,8 @@ def resumed(folder: str, resume: str = "auto") -> tuple[int, str]:
 def synced(folder: str) -> list[str]:
     """What rank 0 syncs and renames while it saves, in order."""
     seen: list[str] = []
+    for name in NAMES:
+        (Path(folder) / name).write_text("a row")
     fsync, replace = os.fsync, os.replace
 
     def noting(file: int) -> None:

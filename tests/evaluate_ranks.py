@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from equality_ranks import make_batch, pool
-from flexsp.data import plans_ahead
+from flexsp.data import Overlong, Sequences, apply_context_limit, plans_ahead
 from flexsp.parallel import RankError, forward_backward, forward_only, prepare_model
 from flexsp.planner.service import PlannerError
 from flexsp.plans import Plan
@@ -186,11 +186,13 @@ def run_training(folder: str, name: str, sections: dict[str, dict[str, Any]]) ->
         train(config, display, Guard(Path(config.run.dir), config.run.timeout_s, unexpected), held)
 
 
-def evaluation_of(config: Config, append: bool = False, seed: int = 0) -> Evaluation:
-    """Of a model in fp64, untrained."""
+def evaluation_of(
+    config: Config, append: bool = False, seed: int = 0, sequences: Sequences | None = None
+) -> Evaluation:
+    """Of a model in fp64, untrained; on what the configuration says unless it is given."""
     model = prepare_model(build(small_config(), torch.float64, seed))
     Path(config.run.dir).mkdir(exist_ok=True)
-    sequences = held_out_sequences(config, model, open_on_all_ranks(config))
+    sequences = sequences or held_out_sequences(config, model, open_on_all_ranks(config))
     return Evaluation(config, model, sequences, given(), pool(), append)
 
 
@@ -305,19 +307,19 @@ def bad_config(folder: str, sections: dict[str, dict[str, Any]], message: str) -
 
 
 def only_one_label(folder: str) -> None:
-    """A batch in which no label counts is fine; an evaluation without one is an error."""
+    """A batch in which no label counts is fine, though none is made of a corpus; an evaluation without one is not."""
     path = Path(folder) / "short.jsonl"
     if dist.get_rank() == 0:
         path.write_text("".join(json.dumps({"input_ids": [1] * (1 + (i == 0))}) + "\n" for i in range(3)))
     dist.barrier()
     config = config_of(folder, "short", eval={"source": str(path), "batch_size": 1})
     assert evaluation_of(config).after_step(3, given(), lambda: False)
-    ones = replace(config, eval=replace(config.eval, source=str(Path(folder) / "ones.jsonl")))
-    if dist.get_rank() == 0:
-        (Path(folder) / "ones.jsonl").write_text('{"input_ids": [1]}\n')
-    dist.barrier()
-    with pytest.raises(ValueError, match=r"evaluation: num_labels=0: no label of the 1 sequences counts"):
-        evaluation_of(ones).after_step(3, given(), lambda: False)
+    corpus = open_on_all_ranks(replace(config, data=replace(config.data, source=str(path))))
+    whole, _ = apply_context_limit(corpus, 100, Overlong.DROP)
+    assert evaluation_of(config, sequences=whole).after_step(3, given(), lambda: False)
+    ones = replace(whole, documents=whole.documents[1:], offsets=whole.offsets[1:], lengths=whole.lengths[1:])
+    with pytest.raises(ValueError, match=r"evaluation: num_labels=0: no label of the 2 sequences counts"):
+        evaluation_of(config, sequences=ones).after_step(3, given(), lambda: False)
 
 
 def resume_error(folder: str, name: str, sections: dict[str, dict[str, Any]], message: str) -> None:

@@ -148,6 +148,17 @@ def raises_in_optimizer() -> None:
     torch.optim.AdamW.step = struck
 
 
+def profile_on_a_full_disk() -> None:
+    """From the step on, run.dir/profile.json is on one."""
+
+    def strike(loss):
+        aside = "out-profile_on_a_full_disk/full"
+        os.symlink("/dev/full", aside)
+        os.replace(aside, "out-profile_on_a_full_disk/profile.json")
+
+    at_forward(strike)
+
+
 def killed() -> None:
     """The others are in a collective."""
     at_forward(lambda loss: os.kill(os.getpid(), signal.SIGKILL))

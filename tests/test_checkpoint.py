@@ -21,8 +21,9 @@ import checkpoint_ranks as do
 from flexsp.train import safe_load
 from flexsp.train.checkpoint import FOLDER, PART, ids_sha256, saved_checkpoints
 from flexsp.train.digests import STATE, SUFFIX, check_digests
+from flexsp.train.records import NAMES, SEQUENCES
 from flexsp.train.resume import find_start
-from flexsp.train.resume_checks import check_order, say_passed_over, say_versions
+from flexsp.train.resume_checks import check_order, say_missing_rows, say_passed_over, say_versions
 from flexsp.train.run_dir import write_began
 from rank_pool import RanksFailed
 
@@ -81,6 +82,8 @@ def test_a_full_disk_is_one_error_on_all_ranks(broken_ranks, tmp_path, full_rank
 def test_what_a_name_promises_lies_on_the_disk_before_the_name(ranks, tmp_path):
     order = ranks(2).run(do.synced, str(tmp_path))[0]
     renamed = order.index(f"step-00000001{PART} -> step-00000001")
+    for name in (*NAMES, tmp_path.name):  # the logs, which prove what it was trained on
+        assert name in order[:renamed], (name, order)
     for name in ("__0_0.distcp", f"__0{SUFFIX}", ".metadata.tmp", STATE, f"state{SUFFIX}", f"step-00000001{PART}"):
         assert name in order[:renamed], (name, order)
     assert FOLDER in order[renamed:]
@@ -156,15 +159,40 @@ def test_another_order_of_the_data_is_an_error_and_other_versions_are_a_warning(
     check_order(config, start, ids)  # this checkpoint was saved without a loader
     foreseen = replace(start, state={**start.state, "next_ids_sha256": ids_sha256(ids)})
     check_order(config, foreseen, ids)
-    with pytest.raises(
-        ValueError, match=r"train.seed=0 gives step 1 other sequences than .*step-00000001 foresaw, with"
-    ):
+    where = r"train.seed=0 gives step 1 other sequences than .*step-00000001 foresaw, "
+    with pytest.raises(ValueError, match=where + r"as flexsp .*, which saved it, left out other documents; go on with"):
+        check_order(config, foreseen, ids[::-1])
+    foreseen.state["versions"] = {**foreseen.state["versions"], "numpy": "1.0"}
+    with pytest.raises(ValueError, match=where + r"with numpy .* instead of 1.0; install that one, or give another"):
         check_order(config, foreseen, ids[::-1])
     logging.getLogger("flexsp").propagate = True
     say_versions(start)
     assert not caplog.records
     say_versions(replace(start, state={**start.state, "versions": {**start.state["versions"], "numpy": "1.0"}}))
     assert f"numpy '1.0' -> {np.__version__}" in caplog.text and "torch" not in caplog.text
+
+
+def test_rows_that_are_missing_below_the_checkpoint_are_said(saved, tmp_path, caplog):
+    logging.getLogger("flexsp").propagate = True
+    start = replace(find_start(do.config_of(str(tmp_path))), steps=6)
+
+    def said(*steps: int, torn: str = "", **changes: object) -> str:
+        caplog.clear()
+        rows = [json.dumps({"step": step, "ids": [step]}) + "\n" for step in steps]
+        (tmp_path / SEQUENCES).write_text("".join(rows) + torn)
+        say_missing_rows(replace(start, **changes))
+        return caplog.text
+
+    assert said(0, 1, 2, 3, 4, 5) == said(0, 1, 2, 3, 4, 5, 6, 4, 5) == ""
+    torn = '{"step": 4, "ids": [1\n' + "\0" * 40
+    assert "has no row of 2 of the 6 steps before 6, the first is step 4; what they" in said(0, 1, 2, 3, torn=torn)
+    assert "has no row of 1 of the 6 steps before 6, the first is step 2" in said(0, 1, 3, 4, 5)
+    assert said(3, 4, 5, origin="/other/checkpoints/step-00000003") == ""  # another run's log has those before
+    assert "1 of the 3 steps before 6, the first is step 3" in said(4, 5, origin="/other/checkpoints/step-00000003")
+    assert said(own=False) == ""
+    (tmp_path / SEQUENCES).unlink()
+    say_missing_rows(start)
+    assert "sequences.jsonl: cannot be read (No such file or directory)" in caplog.text
 
 
 def test_data_that_another_run_s_step_passes_over_is_said(saved, tmp_path, caplog):

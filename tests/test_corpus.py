@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import flexsp.data.corpus
-from flexsp.data import DataOptions, Overlong, TokenStore, apply_context_limit, open_corpus
+from flexsp.data import DataOptions, Overlong, TokenStore, apply_context_limit, encode, open_corpus
 from flexsp.data.held_out import hold_out
 from flexsp.data.packing import IGNORE_INDEX
+from flexsp.data.rows import Document
 from flexsp.data.sequences import without_unlabelled
 
 
@@ -108,15 +109,43 @@ def test_pieces_of_which_no_label_counts_are_left_out(tmp_path, opened):
     left, number = without_unlabelled(split)
     assert list(zip(left.documents, left.offsets, left.lengths, strict=True)) == [(0, 8, 4), (1, 0, 2)]
     assert number == 3  # of the last piece, one token, no label is left once they are shifted
+    assert split.lengths.tolist() == [4, 4, 4, 1, 2]
     for sequence, length in enumerate(left.lengths):
         assert (left.read(sequence, 0, int(length))[1] != IGNORE_INDEX).any()
     trained, held = hold_out(corpus, 1, seed=0)
     for part in (trained, held):  # by its own count of documents
         pieces, _ = without_unlabelled(apply_context_limit(part, 4, Overlong.SPLIT)[0])
         assert len(pieces.lengths) == 1
-    with pytest.raises(ValueError, match="no piece of a split document has a label that counts; raise max_length"):
+    with pytest.raises(ValueError, match=r"no label counts in any of 2 sequences; give documents .*, raise max_length"):
         only = apply_context_limit(opened(path), 2, Overlong.SPLIT)[0]
         without_unlabelled(replace(only, **{k: getattr(only, k)[:2] for k in ("documents", "offsets", "lengths")}))
+
+
+def test_what_has_no_label_once_labels_are_shifted_is_left_out(tmp_path, opened, monkeypatch):
+    """Documents of one token when the data is opened; those whose first label alone counts when rows become documents,
+    though an earlier version, which kept them, made a store of the same rows."""
+    rows = [
+        {"input_ids": [1, 2, 3]},
+        {"input_ids": [5]},
+        {"input_ids": [5, 6, 7], "labels": [5, -100, -100]},
+        {"input_ids": [8, 9], "labels": [-100, 9]},
+        {"input_ids": [7], "labels": [7]},
+    ]
+    path = tmp_path / "ones.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with monkeypatch.context() as before:
+        before.setattr(encode.IdRows, "key", "ids")
+        before.setattr(encode, "document_of", lambda tokens, labels: Document(tokens, labels))
+        assert opened(path).lengths.tolist() == [3, 1, 3, 2, 1]
+    corpus = opened(path)
+    assert corpus.lengths.tolist() == [3, 1, 2]
+    assert corpus.left_out == {"no label that counts": (2, f"{path} row 2")} and corpus.num_broken == 0
+    sequences, number = without_unlabelled(apply_context_limit(corpus, 8, Overlong.ERROR)[0])
+    assert (sequences.documents.tolist(), sequences.lengths.tolist(), number) == ([0, 2], [3, 2], 1)
+    cut, number = without_unlabelled(apply_context_limit(corpus, 2, Overlong.SPLIT)[0])
+    assert (cut.documents.tolist(), cut.lengths.tolist(), number) == ([0, 2], [2, 2], 2)
+    with pytest.raises(ValueError, match=r"no label counts in any of 6 sequences; give documents of two tokens"):
+        without_unlabelled(apply_context_limit(corpus, 1, Overlong.SPLIT)[0])
 
 
 def test_an_empty_corpus_is_refused(tmp_path, opened):
@@ -128,7 +157,7 @@ def test_an_empty_corpus_is_refused(tmp_path, opened):
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
     {"input_ids": [], "labels": []},
-    {"input_ids": [9], "labels": [9]},
+    {"input_ids": [9, 8], "labels": [9, 8]},
     {"input_ids": [3, 4], "labels": [-100, -100]},
 ]
 
@@ -151,13 +180,13 @@ def test_a_row_of_json_may_be_long(tmp_path, opened):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_rows_with_masked_labels(tmp_path, opened, suffix):
     corpus = opened(write(tmp_path / f"rows{suffix}", ROWS))
-    assert corpus.lengths.tolist() == [3, 1]
+    assert corpus.lengths.tolist() == [3, 2]
     assert (corpus.num_empty, corpus.largest.max()) == (1, 9)
     assert corpus.left_out["no label that counts"] == (1, f"{tmp_path}/rows{suffix} row 3")
     sequences, _ = apply_context_limit(corpus, 10, Overlong.ERROR)
     tokens, labels = sequences.read(0, 0, 3)
     assert (tokens.tolist(), labels.tolist()) == ([5, 6, 7], [6, 7, -100])
-    assert sequences.read(1, 0, 1)[0].tolist() == [9]
+    assert sequences.read(1, 0, 2)[0].tolist() == [9, 8]
     assert corpus.describe(1).endswith("row 2")
 
 
@@ -167,8 +196,8 @@ def test_ids_and_labels_of_any_size_come_back(tmp_path, opened, suffix):
     draw = np.random.default_rng(0)
     rows = []
     for index in range(1200):
-        ids = draw.integers(0, 100 if index < 300 else 300 if index < 700 else 2**31, draw.integers(1, 9)).tolist()
-        rows.append({"input_ids": ids, "labels": ids if index % 500 < 499 else [ids[0], *[-100] * (len(ids) - 1)]})
+        ids = draw.integers(0, 100 if index < 300 else 300 if index < 700 else 2**31, draw.integers(2, 9)).tolist()
+        rows.append({"input_ids": ids, "labels": ids if index % 500 < 499 else [*[-100] * (len(ids) - 1), ids[-1]]})
     corpus = opened(write(tmp_path / f"rows{suffix}", rows))
     for index, row in enumerate(rows):
         tokens, labels = corpus.read(index, 0, len(row["input_ids"]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +100,42 @@ def test_two_who_write_one_file_do_not_meet(tmp_path):
         thread.join()
     assert wrong == []
     assert [each.name for each in tmp_path.iterdir()] == ["one.json"]
+
+
+def test_what_is_to_outlive_a_loss_of_power_lies_on_the_disk_before_its_name_and_the_name_after(tmp_path, monkeypatch):
+    seen: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def noting(file: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
+        fsync(file)
+
+    def renaming(old: Path, new: Path) -> None:
+        seen.append(Path(new).name)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", renaming)
+    jf.write_object(tmp_path / "in" / "p.json", {"a": 1})
+    assert seen == ["p.json"]
+    jf.write_object(tmp_path / "in" / "p.json", {"a": 1}, synced=True)
+    aside, *rest = seen[1:]
+    assert aside.startswith(".p.json.") and rest == ["p.json", "in"]
+
+
+def test_what_a_file_system_cannot_sync_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(code: int) -> None:
+        def fsync(_: int) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    refuse(errno.EINVAL)
+    jf.write_object(tmp_path / "p.json", {"a": 1}, synced=True)
+    assert jf.read_object(tmp_path / "p.json") == {"a": 1}
+    refuse(errno.EIO)
+    with pytest.raises(ValueError, match=r"p\.json: cannot be written \(Input/output error\)"):
+        jf.write_object(tmp_path / "p.json", {"a": 2}, synced=True)
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):

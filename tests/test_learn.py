@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -73,6 +74,19 @@ def test_a_learned_ratio_that_is_none_is_one_line_that_names_it(tmp_path, ratio,
     assert text.count('"linear": 7.0') == 1
     path.write_text(text.replace('"linear": 7.0', f'"linear": {ratio}'))
     with pytest.raises(ValueError, match=rf"profile\.json: provenance: correction: linear=.*{rule}"):
+        go_on(base, tmp_path, correct=True)
+
+
+@pytest.mark.parametrize("left", ["", "{", '{"format": "flexsp-profile/1"}'])
+def test_a_learned_profile_that_a_loss_of_power_broke_is_the_checkpoint_s(tmp_path, caplog, left):
+    base = profile()
+    learned = learned_from(base, tmp_path)
+    (tmp_path / FILE).write_text(left)
+    logging.getLogger("flexsp").propagate = True
+    assert go_on(base, tmp_path, correct=True, saved=learned) == learned
+    (warned,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert f"{tmp_path / FILE}: " in warned and warned.endswith("; the checkpoint's is taken instead")
+    with pytest.raises(ValueError, match=r"profile\.json: .*; or delete it: no more is lost than what the run learned"):
         go_on(base, tmp_path, correct=True)
 
 
@@ -305,7 +319,7 @@ def test_a_rank_that_was_hardly_filled_says_nothing_of_a_tokens_bytes(ranks, tmp
 def learned_without_a_folder(folder: str) -> str:
     try:
         learned_on_ranks(folder, [1200, 1000])
-    except ValueError as error:
+    except RankError as error:
         return str(error)
     return "no error"
 
@@ -313,8 +327,8 @@ def learned_without_a_folder(folder: str) -> str:
 def test_a_profile_that_cannot_be_saved_is_an_error_on_all_ranks(ranks, tmp_path):
     (tmp_path / "file").write_text("")
     for said in ranks(2).run(learned_without_a_folder, str(tmp_path / "file")):
-        assert said.startswith("step 7: the profile could not be corrected or saved")
-        assert "cannot be written" in said
+        assert said.startswith("step 7, rank 0, saving the profile: ")
+        assert "profile.json: cannot be written (File exists)" in said
 
 
 def data_bytes_at_rest() -> int:

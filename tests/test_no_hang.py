@@ -49,6 +49,17 @@ def test_an_exception_of_one_rank_is_said_once_and_its_traceback_kept(launcher, 
     assert "Traceback (most recent call last)" in text and "fault_cases.py" in text
 
 
+def test_a_learned_profile_that_finds_a_full_disk_is_no_bad_input(launcher):
+    """With corrections on, the default, it is what meets a full disk first."""
+    ended = launcher.run("profile_on_a_full_disk", "--planner.correct", "true", "--train.steps", "20")
+    assert ended.statuses == [1, 1]
+    one_line(
+        ended,
+        r"step \d+, rank 0, saving the profile: out-.*/profile\.json: cannot be written \(No space left on device\); "
+        r"give a path in a writable folder",
+    )
+
+
 def test_bad_input_that_all_ranks_find_is_said_without_a_rank_and_with_status_2(launcher):
     """Each finds it by itself, one of them seconds later."""
     ended = launcher.run("finds_bad_input_late", "--model.config.hidden_act", "frown")

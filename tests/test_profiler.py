@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from transformers import DeepseekV3Config, DiffLlamaConfig, Gemma4TextConfig
 
 from equality_ranks import make_batch, pool
-from flexsp.parallel import forward_backward, prepare_model
+from flexsp.parallel import GroupPool, forward_backward, prepare_model
 from flexsp.parallel.kinds import NOTHING
 from flexsp.parallel.needs import Attention
 from flexsp.profile import Layout
@@ -18,6 +20,8 @@ from flexsp.profiler import load_or_measure, measure_profile, profile_path
 from flexsp.profiler.make import exchange_bytes_per_token, exchange_columns
 from flexsp.profiler.memory import memory_limit
 from flexsp.profiler.splits import fastest, served
+from flexsp.train.ranks import joined_ranks
+from profiles import profile
 from reference import build, small_config
 from test_equality import plan
 
@@ -132,6 +136,15 @@ def test_a_measured_profile_is_complete_saved_and_reused(ranks, world_size, tmp_
 
 def test_another_model_or_setting_has_another_file(ranks, tmp_path):
     ranks(2).run(keys_differ, str(tmp_path))
+
+
+def test_a_measured_profile_outlives_a_loss_of_power(tmp_path, monkeypatch):
+    """What took minutes is written once, and waited for."""
+    seen: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+    with joined_ranks(10):
+        load_or_measure(tmp_path / "p.json", lambda: profile(1), GroupPool().control)
+    assert len(seen) == 2 and seen[0].startswith(".p.json.") and seen[1] == tmp_path.name
 
 
 def keys_differ(folder: str) -> None:

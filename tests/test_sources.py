@@ -142,6 +142,16 @@ def test_invalid_text_is_named_or_counted(tmp_path, opened, bpe):
         assert corpus.left_out == {"invalid UTF-8": (1, f"{tmp_path}/{where}")}
 
 
+def test_a_file_or_folder_whose_name_could_be_a_pattern_is_that_file_or_folder(tmp_path, opened):
+    (tmp_path / "chats[v2]").mkdir()
+    for name, text in (("chats[v2].jsonl", "a"), ("chatsv.jsonl", "b"), ("x*.jsonl", "c"), ("chats[v2]/r.jsonl", "d")):
+        (tmp_path / name).write_text(json.dumps({"text": text}) + "\n")
+    for name, text in (("chats[v2].jsonl", "a"), ("x*.jsonl", "c"), ("chats[v2]", "d"), ("chat*[v].jsonl", "b")):
+        corpus = opened(tmp_path / name, tokenizer="bytes")
+        assert documents(corpus) == [[ord(text)]], name
+    assert opened(tmp_path / "chats[v2].jsonl", tokenizer="bytes").describe(0) == f"{tmp_path}/chats[v2].jsonl row 0"
+
+
 def test_sources_that_are_not_clear(tmp_path, opened):
     forms = write_all(tmp_path)
     (forms["parts"] / "x.txt").write_text("x")

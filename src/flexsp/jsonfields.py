@@ -15,6 +15,8 @@ from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 
+from flexsp.disk import sync
+
 MOST_BYTES = 1 << 28
 """Of a file that is read whole: a plan of ten million sequences has fewer, /dev/zero never ends."""
 MOST_DEPTH = 64
@@ -109,8 +111,11 @@ def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def write_object(path: str | Path, document: Mapping[str, Any]) -> None:
-    """Writes `document` to `path`, aside and then renamed, so that a reader never sees half a file."""
+def write_object(path: str | Path, document: Mapping[str, Any], synced: bool = False) -> None:
+    """Writes `document` to `path`, aside and then renamed, so that a reader never sees half a file.
+
+    Without `synced` a loss of power may leave an empty file.
+    """
     path = Path(path)
     try:
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -126,7 +131,11 @@ def write_object(path: str | Path, document: Mapping[str, Any]) -> None:
         aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # others may write it too
         try:
             aside.write_text(text, encoding="utf-8")
+            if synced:
+                sync(aside)
             aside.replace(path)
+            if synced:
+                sync(path.parent)
         except OSError:
             aside.unlink(missing_ok=True)
             raise

@@ -48,7 +48,7 @@ class IdRows:
     """Rows with `input_ids` and, where there, `labels`."""
 
     columns: tuple[str, ...] = (IDS, LABELS)
-    key = "ids"
+    key = "ids/2"  # shards of before hold rows of which the first label alone counts
 
     def encode(self, rows: Sequence[Row]) -> list[Document | BadRow]:
         return [attempt(self._document, row) for row in rows]
@@ -112,7 +112,8 @@ class ChatRows:
     def __init__(self, tokenizer: Tokenizer, column: str, train_on: str) -> None:
         self._chats = Chats(tokenizer, train_on)
         self.columns: tuple[str, ...] = tuple(dict.fromkeys((column, TOOLS)))
-        self.key = _key("chat", tokenizer.key, self.columns, train_on)  # shards of before know no tools
+        # shards of before know no tools ("chat"), or hold rows of which the first label alone counts ("chat" and tools)
+        self.key = _key("chat/2", tokenizer.key, self.columns, train_on)
 
     def encode(self, rows: Sequence[Row]) -> list[Document | BadRow]:
         return [attempt(self._document, row) for row in rows]

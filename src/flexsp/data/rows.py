@@ -136,8 +136,8 @@ def document_of(tokens: IntArray, labels: IntArray | None) -> Document:
     wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels > MOST_ID)]
     if len(wrong):
         raise BadRow(Reason.LABELS, f"labels={wrong[0]} must be a token id, or {IGNORE_INDEX} where it does not count")
-    if (labels == IGNORE_INDEX).all():
-        raise BadRow(Reason.UNLABELLED, f"there is no label but {IGNORE_INDEX}")
+    if (labels[1:] == IGNORE_INDEX).all():  # that of the first token counts nowhere: nothing comes before it
+        raise BadRow(Reason.UNLABELLED, f"there is no label but {IGNORE_INDEX} after the first token")
     return Document(tokens, None if np.array_equal(labels, tokens) else labels)
 
 

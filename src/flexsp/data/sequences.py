@@ -39,22 +39,24 @@ class Sequences:
 def without_unlabelled(sequences: Sequences) -> tuple[Sequences, int]:
     """The sequences of which some label counts, and how many were left out.
 
-    Looked at are pieces of split documents of which some label is not the token itself: whole documents without a label
-    are no part of such a corpus.
+    Those of one token, by their length: no label is left once they are shifted. Read are only pieces of split documents
+    of which some label is not the token itself: whole documents without a label that counts are no part of a store.
 
     Raises:
         ValueError: none is left.
     """
     corpus, documents = sequences.corpus, sequences.documents
-    if not isinstance(corpus, TokenStore | Documents):
-        return sequences, 0
-    kept = np.ones(len(documents), dtype=bool)
-    pieces = np.flatnonzero(sequences.lengths < corpus.lengths[documents])
-    for piece in pieces[corpus.have_own_labels(documents[pieces])]:
-        _, labels = sequences.read(int(piece), 0, int(sequences.lengths[piece]))
-        kept[piece] = bool((labels != IGNORE_INDEX).any())
+    kept = sequences.lengths > 1
+    if isinstance(corpus, TokenStore | Documents):
+        pieces = np.flatnonzero(kept & (sequences.lengths < corpus.lengths[documents]))
+        for piece in pieces[corpus.have_own_labels(documents[pieces])]:
+            _, labels = sequences.read(int(piece), 0, int(sequences.lengths[piece]))
+            kept[piece] = bool((labels != IGNORE_INDEX).any())
     if not kept.any():
-        raise ValueError(f"{corpus.name}: no piece of a split document has a label that counts; raise max_length")
+        raise ValueError(
+            f"{corpus.name}: no label counts in any of {len(kept)} sequences; give documents of two tokens or more, "
+            f"and where they are split and their labels masked, raise max_length"
+        )
     left = Sequences(
         corpus=corpus,
         documents=documents[kept],

@@ -179,7 +179,7 @@ def find_source(name: str, options: DataOptions) -> Source:
         return HubSet(name, options)
     if os.path.isdir(path):
         found = _in_folder(name, path, options.pattern)
-    elif any(sign in name for sign in "*?["):
+    elif any(sign in name for sign in "*?[") and not (path.suffix in FORMATS and os.path.isfile(path)):
         found = [File(each, each) for each in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(each)]
     elif path.suffix in FORMATS:
         found = [File(name, str(path))]

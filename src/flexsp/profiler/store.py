@@ -17,6 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import flexsp
+from flexsp import jsonfields as jf
 from flexsp.profile import Profile
 from flexsp.profiler.make import device_name
 
@@ -66,6 +67,6 @@ def load_or_measure(path: Path, measure: Callable[[], Profile], control: dist.Pr
     log.info("profile: none saved for this machine, model and number of ranks yet; measuring")
     profile = measure()
     if rank == 0:
-        profile.save(path)
+        jf.write_object(path, profile.to_json(), synced=True)
     log.info("profile: saved as %s", path)
     return profile

@@ -42,6 +42,7 @@ from flexsp.profile import Profile
 from flexsp.profiler.memory import hand_back_freed
 from flexsp.train.config import Config
 from flexsp.train.digests import STATE, Damaged
+from flexsp.train.records import NAMES as RECORDS
 from flexsp.train.safe_load import DigestWriter, SafeLoadPlanner, SafeReader
 from flexsp.train.tensors import HYPERPARAMETERS, OPTIONS, set_random, tensors_of
 
@@ -130,7 +131,8 @@ class Checkpoints:
             except (OSError, ValueError) as caught:
                 failed = {0: str(caught)}
         self._agree(steps, failed)
-        writer = DigestWriter(part, final)
+        # what was trained, up to here: a checkpoint without it proves nothing
+        writer = DigestWriter(part, final, [self._folder.parent / name for name in RECORDS])
         tensors = tensors_of(model, optimizer)
         future: Future[Any] = Future()
         try:

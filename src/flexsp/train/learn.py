@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from flexsp import jsonfields as jf
 from flexsp.data import PlannedBatch
-from flexsp.parallel import GroupPool, StepResult
+from flexsp.parallel import GroupPool, RankError, StepResult
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.profiler.correct import Correction, times_of
@@ -51,21 +51,37 @@ def go_on(started_from: Profile, folder: Path, correct: bool, saved: Profile | N
     """What an earlier run in `folder` learned, where it started from the same profile; else that profile itself.
 
     Its seconds are made anew from the ratios, so that they are within bounds of what it started from, whoever wrote it.
+    The file is written after each step that corrects it and never synced, which would cost a step more than it is
+    worth: a loss of power may leave it empty.
 
     Args:
         started_from: the measured or given profile.
         folder: of the run.
-        saved: what a checkpoint holds, where the folder holds nothing.
         correct: whether times are corrected; else only the memory estimate is taken over.
+        saved: what a checkpoint holds, where the folder holds nothing that can be read.
 
     Raises:
-        ValueError: the learned profile cannot be read; the message names the file and the field.
+        ValueError: the learned profile cannot be read, and there is no checkpoint; the message names file and field.
     """
     path = folder / FILE
-    learned = Profile.load(path) if os.path.exists(path) else saved
-    if learned is None or (learned is saved and STARTED_FROM not in learned.provenance):
+    if os.path.exists(path):
+        try:
+            return _learned(started_from, Profile.load(path), str(path), correct)
+        except ValueError as error:
+            if saved is None:
+                raise ValueError(f"{error}; or delete it: no more is lost than what the run learned") from None
+            log.warning("profile: %s; the checkpoint's is taken instead", error)
+    if saved is None or STARTED_FROM not in saved.provenance:
         return started_from
-    where = "the checkpoint" if learned is saved else str(path)
+    return _learned(started_from, saved, "the checkpoint", correct)
+
+
+def _learned(started_from: Profile, learned: Profile, where: str, correct: bool) -> Profile:
+    """What was learned, by `where`; `started_from` itself where that is another profile's.
+
+    Raises:
+        ValueError: a ratio is no positive number.
+    """
     if learned.provenance.get(STARTED_FROM) != profile_sha256(started_from):
         log.info("profile: %s was learned from another profile and is not used", where)
         return started_from
@@ -138,6 +154,10 @@ class Learner:
         Returns:
             The profile to plan with from now on, where it is another one, the same on all ranks; and on rank 0 what
             metrics.jsonl says of times and memory.
+
+        Raises:
+            ValueError: on all ranks alike: what was measured cannot correct the profile.
+            RankError: on all ranks alike: rank 0 cannot save it, on a full disk say.
         """
         peak = float(self._peak)
         own = torch.tensor([(t.elapsed_s, t.busy_s, t.exchange_s, peak) for t in result.times], dtype=torch.float64)
@@ -147,12 +167,14 @@ class Learner:
         answer: list[Any] = [None]
         metrics: dict[str, Any] = {}
         if gathered is not None:
-            try:
+            try:  # what fails is sent on, so that all ranks end alike
                 answer[0], metrics = self._learn(batch, [rank.tolist() for rank in gathered])
-            except (ValueError, np.linalg.LinAlgError) as error:  # sent on, so that all ranks end alike
-                answer[0] = ValueError(f"step {batch.step}: the profile could not be corrected or saved: {error}")
+            except (ValueError, np.linalg.LinAlgError) as error:
+                answer[0] = ValueError(f"step {batch.step}: the profile could not be corrected: {error}")
+            else:
+                answer[0] = self._save(answer[0], batch.step)
         dist.broadcast_object_list(answer, src=0, group=self._groups.control)
-        if isinstance(answer[0], ValueError):
+        if isinstance(answer[0], Exception):
             raise answer[0]
         if answer[0] is not None:
             self.profile = answer[0]
@@ -192,8 +214,16 @@ class Learner:
                 self._say_underrated(batch.step, raised)
         if new is not None:
             new = self._named(new, self._correction.applied if self._correction is not None else {})
-            new.save(self._folder / FILE)
         return new, metrics
+
+    def _save(self, new: Profile | None, step: int) -> Profile | RankError | None:
+        """Saves what was learned, if anything, and returns it; or what keeps rank 0 from that."""
+        try:
+            if new is not None:
+                new.save(self._folder / FILE)
+        except ValueError as error:
+            return RankError(f"step {step}, rank 0, saving the profile: {error}")
+        return new
 
     def _say(self, step: int, ratios: Mapping[str, float]) -> None:
         """The ratios, where one has moved by `WORTH_SAYING` since they were last said; all are in metrics.jsonl."""

@@ -30,7 +30,7 @@ from flexsp.train.not_finite import NotFinite, NotFiniteError
 from flexsp.train.optimizers import build_optimizer
 from flexsp.train.out_of_memory import HEADROOM, OutOfMemoryError, describe, is_out_of_memory
 from flexsp.train.resume import Start
-from flexsp.train.resume_checks import check_order, say_versions
+from flexsp.train.resume_checks import check_order, say_missing_rows, say_versions
 from flexsp.train.run_dir import write_began
 from flexsp.train.throughput import Throughput
 from flexsp.train.watch import Watch
@@ -141,6 +141,7 @@ class Loop:
             log.info("checkpoint: the run in %s began from %s", self.config.run.dir, start.origin)
         if dist.get_rank() == 0:
             say_versions(start)
+            say_missing_rows(start)
         return start.steps
 
     def _evaluate(self, step: int, how: Evaluating) -> dict[str, float]:

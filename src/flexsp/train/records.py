@@ -2,6 +2,9 @@
 
 A run that goes on appends. Steps after its checkpoint are then there twice, and the last row of a step is the one that
 counts: it tells of the weights that live on.
+
+Rows are handed to the system at each step. The disk is waited for by what writes a checkpoint, before it has its name:
+after a loss of power the rows of all steps below the checkpoint's are there.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
-"""What a run that goes on looks at beside its checkpoint: its data, their order, and the versions of its packages."""
+"""What a run that goes on looks at beside its checkpoint: its data, their order, its log, the versions of packages."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from flexsp import jsonfields as jf
 from flexsp.data import TokenStore
 from flexsp.data.packing import IntArray
-from flexsp.train.checkpoint import ids_sha256, versions
+from flexsp.train.checkpoint import ids_sha256, steps_of, versions
 from flexsp.train.config import Config
 from flexsp.train.digests import STATE
+from flexsp.train.records import SEQUENCES
 from flexsp.train.resume import Start, changed_keys
+from flexsp.watch.rows import last_rows
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def check_data(config: Config, start: Start | None, corpus: TokenStore) -> None:
     if not (was and now["files"]):
         which = "files changed"
     elif not changed:
-        which = "the files are the same, and the tokenizer or its chat template changed"
+        which = "the files are the same, and the tokenizer, its chat template or what flexsp leaves out changed"
     raise ValueError(
         f"data.source={config.data.source!r} holds other tokens than those with which {start.path} was made: {which}; "
         f"restore them, or give another run.dir"
@@ -53,10 +56,13 @@ def check_order(config: Config, start: Start, next_ids: IntArray) -> None:
     foreseen = start.state.get("next_ids_sha256", "")  # an older checkpoint has none
     if not start.own or not foreseen or foreseen == ids_sha256(next_ids):
         return
-    was = jf.as_object(start.state.get("versions", {}), "versions").get("numpy")
+    was, now = jf.as_object(start.state.get("versions", {}), "versions"), versions()["numpy"]
+    why = f"with numpy {now} instead of {was.get('numpy')}; install that one"
+    if was.get("numpy") == now:
+        why = f"as flexsp {was.get('flexsp')}, which saved it, left out other documents; go on with that very one"
     raise ValueError(
-        f"train.seed={config.train.seed} gives step {start.steps} other sequences than {start.path} foresaw, with "
-        f"numpy {versions()['numpy']} instead of {was}; install that one, or give another run.dir"
+        f"train.seed={config.train.seed} gives step {start.steps} other sequences than {start.path} foresaw, {why}, or "
+        f"give another run.dir"
     )
 
 
@@ -88,6 +94,25 @@ def say_passed_over(config: Config, start: Start | None, fingerprint: str, num_s
         "run saved as model.path instead of checkpoint.resume",
         start.path, ", ".join(changed), start.steps, f"{start.steps * config.train.batch_size:,}", f"{num_sequences:,}",
     )  # fmt: skip
+
+
+def say_missing_rows(start: Start) -> None:
+    """Warns where a run goes on in its own folder whose log does not tell what each step so far has trained."""
+    if not start.own:
+        return
+    path = start.path.parent.parent / SEQUENCES
+    steps = range(max(0, steps_of(Path(start.origin))), start.steps)  # those before are in another run's log
+    try:
+        rows = last_rows(path, keys=())
+    except ValueError as error:
+        log.warning("checkpoint: %s; what was trained before step %d is not proven", error, start.steps)
+        return
+    if missing := [step for step in steps if step not in rows]:
+        log.warning(
+            "checkpoint: %s has no row of %d of the %d steps before %d, the first is step %d; what they trained is not "
+            "proven: a loss of power may have taken them, or the file was changed",
+            path, len(missing), len(steps), start.steps, missing[0],
+        )  # fmt: skip
 
 
 def say_versions(start: Start) -> None:

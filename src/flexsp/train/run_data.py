@@ -91,7 +91,8 @@ def build_sequences(config: Config, corpus: Corpus, held_out: bool = False) -> S
         f"{int(sequences.lengths.sum()):,}",
     )  # fmt: skip
     if unlabelled:
-        log.info("data: %d pieces of split documents left out: nothing would be learnt from them", unlabelled)
+        what = "of one token, or pieces of split documents without a label"
+        log.info("data: %d sequences left out, %s: nothing would be learnt from them", unlabelled, what)
     return sequences
 
 

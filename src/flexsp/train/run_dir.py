@@ -21,7 +21,6 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from flexsp import jsonfields as jf
-from flexsp.disk import sync
 from flexsp.parallel import GroupPool
 from flexsp.parallel.control import from_first_rank
 from flexsp.train.config import Config
@@ -140,10 +139,8 @@ def _holder(said: str) -> str:
 
 def write_began(config: Config, origin: str) -> None:
     """Writes run.json. On one rank, just before the first row is written."""
-    path = Path(config.run.dir) / BEGAN
-    jf.write_object(path, {"config": asdict(config), "origin": origin})
-    with suppress(OSError):  # a file system that cannot has written it all the same
-        sync(path)
+    document = {"config": asdict(config), "origin": origin}
+    jf.write_object(Path(config.run.dir) / BEGAN, document, synced=True)
 
 
 def read_began(folder: Path) -> tuple[dict[str, Any], str] | None:

@@ -15,6 +15,7 @@ import io
 import os
 import pickle
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,15 @@ class DigestWriter(_FileSystemWriter):
     It does so where it writes, not in the step: what must lie on the disk before a name says so is waited for here.
     """
 
-    def __init__(self, part: Path, final: Path) -> None:
+    def __init__(self, part: Path, final: Path, logs: Iterable[Path] = ()) -> None:
         """
         Args:
             part: the folder that is written to; state.json is there.
             final: its name once it is whole.
+            logs: files outside of it whose rows so far must lie on the disk before it has that name, if they are there.
         """
         super().__init__(part)
-        self._part, self._final = part, final
+        self._part, self._final, self._logs = part, final, logs
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         future = super().write_data(plan, planner)
@@ -82,6 +84,9 @@ class DigestWriter(_FileSystemWriter):
         super().finish(metadata, results)
         sync(self._part / STATE)
         write_digests(self._part, (".metadata", STATE), "state")
+        for log in filter(Path.exists, self._logs):
+            sync(log)
+            sync(log.parent)
         sync(self._part)
         os.replace(self._part, self._final)
         sync(self._final.parent)
