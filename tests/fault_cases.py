@@ -150,13 +150,12 @@ def raises_in_optimizer() -> None:
 
 def profile_on_a_full_disk() -> None:
     """From the step on, run.dir/profile.json is on one."""
+    at_forward(lambda loss: _fill("out-profile_on_a_full_disk/profile.json"))
 
-    def strike(loss):
-        aside = "out-profile_on_a_full_disk/full"
-        os.symlink("/dev/full", aside)
-        os.replace(aside, "out-profile_on_a_full_disk/profile.json")
 
-    at_forward(strike)
+def _fill(path: str) -> None:
+    os.symlink("/dev/full", path + ".full")
+    os.replace(path + ".full", path)
 
 
 def killed() -> None:
@@ -363,6 +362,14 @@ def out_of_memory_in_building() -> None:
         return honest(*arguments, **fields)
 
     run_model.AutoConfig.for_model = struck
+
+
+def out_of_memory_on_a_full_disk() -> None:
+    def strike(loss):
+        _fill("out-out_of_memory_on_a_full_disk/profile.json")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    at_forward(strike)
 
 
 def out_of_memory_in_evaluation() -> None:

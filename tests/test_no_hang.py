@@ -60,6 +60,16 @@ def test_a_learned_profile_that_finds_a_full_disk_is_no_bad_input(launcher):
     )
 
 
+def test_out_of_memory_is_said_though_the_raised_estimate_finds_no_room(launcher):
+    ended = launcher.run("out_of_memory_on_a_full_disk")
+    assert ended.statuses == [1, 1]
+    one_line(
+        ended,
+        r"step 2: out of memory on rank 1.*; the estimate raised to [\d,]+ bytes a token is lost "
+        r"\(out-.*/profile\.json: cannot be written \(No space left on device\); .*\)",
+    )
+
+
 def test_bad_input_that_all_ranks_find_is_said_without_a_rank_and_with_status_2(launcher):
     """Each finds it by itself, one of them seconds later."""
     ended = launcher.run("finds_bad_input_late", "--model.config.hidden_act", "frown")

@@ -252,7 +252,10 @@ class Loop:
         """
         if not self.guard.has_word():
             return RuntimeError("another rank has failed already")
-        path = self.learner.save_raised(raised, policy)
+        try:
+            path = self.learner.save_raised(raised, policy)
+        except ValueError as error:  # a full disk, say
+            return OutOfMemoryError(f"{said}; the estimate raised to {raised:,} bytes a token is lost ({error})")
         return OutOfMemoryError(
             f"{said}; the estimate is raised to {raised:,} bytes a token and saved in {path}: start the same command "
             f"again to plan within it"
