@@ -12,7 +12,7 @@ import torch
 
 from flexsp.data import Sequences
 from flexsp.parallel import step
-from flexsp.train import run_model
+from flexsp.train import board, failures, run_model
 
 RANK, STEP = 1, 2
 """Where a fault strikes."""
@@ -164,6 +164,30 @@ def exits_with_0() -> None:
 
 def stopped() -> None:
     at_forward(lambda loss: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def store_of_first_node(sent: signal.Signals, then: signal.Signals, ranks: int) -> None:
+    """The process that serves torchrun's store, and the first `ranks`, are sent these signals in the step."""
+    board.ANSWER_S = failures.PATIENCE_S = 2.0
+
+    def strike(loss):
+        if int(os.environ["RANK"]) < ranks:
+            os.kill(int(os.environ["FLEXSP_TEST_STORE"]), sent)
+            os.kill(os.getpid(), then)
+
+    at_forward(strike, everywhere=True)
+
+
+def first_node_is_lost() -> None:
+    store_of_first_node(signal.SIGKILL, signal.SIGKILL, 2)
+
+
+def first_node_is_frozen() -> None:
+    store_of_first_node(signal.SIGSTOP, signal.SIGSTOP, 2)
+
+
+def first_rank_dies_and_the_store_is_frozen() -> None:
+    store_of_first_node(signal.SIGSTOP, signal.SIGKILL, 1)
 
 
 def loops() -> None:

@@ -64,6 +64,10 @@ def test_a_configuration_that_one_rank_cannot_read_ends_the_others_without_anoth
     one_line(ended, r"none\.toml: cannot be read \(No such file or directory\); give a TOML file")
 
 
+LOST = (
+    r"step 2, rank {rank}, .*: a collective failed, and torchrun's store on MASTER_ADDR=127\.0\.0\.1 {how} "
+    r"\(is that node lost, or stopped\?\)"
+)
 FOUND = r"; found by rank [023] \(step 2, forward and backward.*\)"
 
 
@@ -113,6 +117,28 @@ def test_a_rank_that_is_stopped_is_named_with_what_the_others_wait_in(launcher):
     assert ended.statuses == [1, -9, 1, 1]
     one_line(ended, r"step 2: rank 1 gives no sign \(stopped, or cut off\?\), last seen: rank 1 \(.*\); "
              r"waited for by ranks? .*\(step 2, forward and backward.*\)")  # fmt: skip
+
+
+def test_of_ranks_whose_store_is_lost_with_its_node_one_of_each_node_says_so(launcher):
+    """And blames no other rank, of which it cannot know."""
+    flags = ("--planner.profile", "profile4.json")
+    ended = launcher.run("first_node_is_lost", *flags, world_size=4, node_size=2)
+    assert ended.statuses == [-9, -9, 1, 1]
+    one_line(ended, LOST.format(rank=2, how="has ended"))
+
+
+def test_a_store_that_is_frozen_keeps_no_rank(launcher):
+    ended = launcher.run("first_rank_dies_and_the_store_is_frozen", node_size=1)
+    assert ended.statuses == [-9, 1]
+    one_line(ended, LOST.format(rank=1, how="gives no answer"))
+
+
+@pytest.mark.slow
+def test_a_node_that_is_frozen_with_its_store_keeps_no_rank(launcher):
+    flags = ("--planner.profile", "profile4.json", "--run.timeout_s", "10", "--planner.timeout_s", "9")
+    ended = launcher.run("first_node_is_frozen", *flags, world_size=4, node_size=2, kill_after_s=5)
+    assert ended.statuses == [-9, -9, 1, 1]
+    one_line(ended, LOST.format(rank=2, how="gives no answer"))
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ busy with something of its own; the caller says so. Once a line has been said, e
 process within `TICK_S + GRACE_S`, whatever the main thread is doing: in a collective of NCCL that notices nothing, in a
 computation, in a loop.
 
-Ranks speak to each other over the board (`flexsp.train.ranks.Board`). Without it each rank that fails says a line of
-its own.
+Ranks speak to each other over the board (`flexsp.train.board.Board`). Without it each rank that fails says a line of
+its own; where it is lost, and with it most likely the node of rank 0, one rank of each node that is left says so.
 
     first       a counter: who raises it to 1 has the word
     alike/HASH  a counter: how many ranks have ended with this ValueError
@@ -43,11 +43,12 @@ import torch.distributed as dist
 
 from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
+from flexsp.train.board import Board
 from flexsp.train.checkpoint import CheckpointError
 from flexsp.train.leaving import leave, within
 from flexsp.train.not_finite import NotFiniteError
 from flexsp.train.out_of_memory import OutOfMemoryError
-from flexsp.train.ranks import LAUNCHER_ENDED, SIGTERM, Board, StopSignal
+from flexsp.train.ranks import LAUNCHER_ENDED, SIGTERM, StopSignal
 from flexsp.train.roll_call import Kind, Place, Report, as_json, failed_collective, from_json, report, verdict
 
 TICK_S = 1.0
@@ -87,6 +88,7 @@ class Guard:
         self.stop = StopSignal()
         self._folder, self._timeout_s = folder, timeout_s
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._has_other_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)) < self._world_size
         self._board = Board()
         self._ending = threading.Lock()
         """Held by the thread that ends the process, until it has ended."""
@@ -114,7 +116,8 @@ class Guard:
         self.stop.__exit__()
         self._theirs.close()
         self._thread.join(timeout=2 * TICK_S)
-        self._ours.close()
+        if not self._thread.is_alive():  # else it waits for the board, and then reads that all is over
+            self._ours.close()
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -198,6 +201,8 @@ class Guard:
             self._board.post("said", status)  # first: the others are to end though nobody take the line
             self._board.post("alarm", True)
             within(PATIENCE_S, partial(self._tell, text, status))
+            if self._has_other_nodes:
+                time.sleep(2 * TICK_S)  # the store may end with this node's torchrun: once the others have read it
             return status
         said = self._hear(PATIENCE_S)
         return status if said is None else said
@@ -216,17 +221,28 @@ class Guard:
             if said is not None:
                 return said  # else the caller has ended too
         found = self._roll_call(own)
+        if self._board.lost:
+            return self._stopped() if kind == Kind.ASKED else self._cut_off(kind, cause)
         kinds = {each.kind for each in found.values()}
         if len(found) == self._world_size and Kind.ASKED in kinds and Kind.LATE not in kinds:
             return self._stopped()
         seen = {rank: from_json(said) for rank in range(self._world_size) if (said := self._board.read(f"seen/{rank}"))}
         return self._say(verdict(found, seen, own, self._world_size), 1)
 
+    def _cut_off(self, kind: Kind, cause: str) -> int:
+        """The board is lost, so that no rank learns of another: the first one of each node says where it is."""
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(PATIENCE_S)  # torchrun ends all ranks of the node once one has ended: after the one that speaks
+            return 1
+        store = f"torchrun's store on MASTER_ADDR={os.environ.get('MASTER_ADDR')} {self._board.lost}"
+        here = "a collective failed" if kind in (Kind.CLOSED, Kind.LATE) else cause
+        return self._say(f"{self._where()}: {here}, and {store} (is that node lost, or stopped?)", 1)
+
     def _roll_call(self, own: Report) -> dict[int, Report]:
         """The answers by rank, once all are there, or after `ROLL_CALL_S`, or where a rank has the word."""
         found = {self._rank: own}
         until = time.monotonic() + ROLL_CALL_S
-        while len(found) < self._world_size and time.monotonic() < until and not self._board.add("first", 0):
+        while len(found) < self._world_size and time.monotonic() < until and self._board.add("first", 0) == 0:
             for rank in range(self._world_size):
                 if rank not in found and (said := self._board.read(f"found/{rank}")) is not None:
                     found[rank] = from_json(said)
@@ -283,7 +299,7 @@ class Guard:
             return False
         self._beats = began, {}
         silent = [rank for rank, beats in self._count_beats().items() if beats == before[rank]]
-        return any(self._board.read(f"found/{rank}") is None for rank in silent)
+        return any(self._board.read(f"found/{rank}") is None for rank in silent) and self._board.is_there
 
     def _count_beats(self) -> dict[int, int | None]:
         return {rank: self._board.add(f"beat/{rank}", 0) for rank in range(self._world_size) if rank != self._rank}
@@ -304,8 +320,12 @@ class Guard:
         time.sleep(GRACE_S)
         if said != 0 and not self._ending.locked():
             self._keep(None)
-        lost = f"{self._where()}: another rank called the roll and has ended"
-        self._end(lambda: self._say(lost, 1) if said is None else said)
+        self._end(lambda: self._left_alone() if said is None else said)
+
+    def _left_alone(self) -> int:
+        if self._board.lost:
+            return self._cut_off(Kind.HERE, "another rank called the roll")
+        return self._say(f"{self._where()}: another rank called the roll and has ended", 1)
 
     def _stuck(self) -> int:
         """This rank's main thread has not moved for too long."""
@@ -333,7 +353,8 @@ class Guard:
 
     @property
     def _alone(self) -> bool:
-        return self._world_size == 1 or not self._board.is_there
+        """Whether there never was another rank to speak to."""
+        return self._world_size == 1 or not (self._board.is_there or self._board.lost)
 
     def _where(self) -> str:
         step = self.place.step

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,80 +92,3 @@ class StopSignal:
         asked = torch.tensor([CAUSES.index(self.cause)])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=control)
         return CAUSES[int(asked.item())]
-
-
-class Board:
-    """A board that all ranks read and write: the store of torchrun's agent.
-
-    It is there before any process group and outlives a failing rank. Where there is none (`env://` by other launchers),
-    or it has ended, nothing is found on it. Its methods may be called by any thread.
-    """
-
-    def __init__(self) -> None:
-        self._store = _agent_store()
-        self._prefix = f"flexsp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"
-
-    @property
-    def is_there(self) -> bool:
-        """Whether other ranks can read what is posted."""
-        return self._store is not None
-
-    def add(self, key: str, amount: int) -> int | None:
-        """A counter after adding to it; None where there is no board."""
-        total: int | None = self._ask(lambda store: int(store.add(self._prefix + key, amount)))
-        return total
-
-    def post(self, key: str, document: Any) -> None:
-        """Puts a JSON document up, in the place of an earlier one."""
-        self._ask(lambda store: store.set(self._prefix + key, json.dumps(document)))
-
-    def read(self, key: str) -> Any:
-        """What was posted; None where nothing was."""
-        if not self._ask(lambda store: store.check([self._prefix + key])):
-            return None
-        return self._ask(lambda store: json.loads(store.get(self._prefix + key)))
-
-    def wait(self, key: str, patience_s: float) -> Any:
-        """What was posted, once it is; None where nothing was for so long."""
-        until = time.monotonic() + patience_s
-        while (said := self.read(key)) is None and time.monotonic() < until:
-            time.sleep(0.1)
-        return said
-
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        if self._store is None:
-            return None
-        try:
-            return question(self._store)
-        except dist.DistNetworkError:  # the agent has ended
-            self._store = None
-        except RuntimeError:  # it does not answer
-            pass
-        return None
-
-
-def first_to_say(text: str) -> bool:
-    """Whether no other rank has said this yet, so that what all ranks find wrong is printed once.
-
-    Ranks that find nothing wrong, with a TOML of their own say, learn that the word has been said; see `Guard`.
-    """
-    board = Board()
-    board.add("first", 1)
-    first = board.add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1) in (None, 1)  # better twice than never
-    board.post("said", 2)
-    board.post("alarm", True)
-    return first
-
-
-def _agent_store() -> Any:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    try:
-        return dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=datetime.timedelta(seconds=10),
-        )
-    except (KeyError, ValueError, RuntimeError):
-        return None
