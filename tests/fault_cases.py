@@ -12,7 +12,7 @@ import torch
 
 from flexsp.data import Sequences
 from flexsp.parallel import step
-from flexsp.train import board, failures, run_model
+from flexsp.train import board, failures, run_model, traceback_file
 
 RANK, STEP = 1, 2
 """Where a fault strikes."""
@@ -116,6 +116,19 @@ def raises_in_forward() -> None:
         raise RuntimeError("the fan\nhas stopped")
 
     at_forward(strike)
+
+
+def raises_where_the_folder_hangs() -> None:
+    """Whoever opens a pipe that nobody reads waits, as on storage that does not answer. The others are busy."""
+    traceback_file.WRITE_S = 1.0
+
+    def strike(loss):
+        os.mkfifo(f"out-raises_where_the_folder_hangs/error-rank-{os.environ['RANK']}.txt")
+        if here():
+            raise RuntimeError("the fan has stopped")
+        time.sleep(1000)
+
+    at_forward(strike, everywhere=True)
 
 
 def raises_value_error_in_forward() -> None:

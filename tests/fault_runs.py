@@ -50,6 +50,8 @@ class Ended:
     statuses: list[int]
     out: str
     err: str
+    seconds: float
+    """From the start of the ranks to the end of the last."""
 
     @property
     def said(self) -> list[str]:
@@ -89,7 +91,7 @@ class Launcher:
         self._child.stdin.write(json.dumps(request) + "\n")
         answer = json.loads(self._answer())
         assert left_over(name) == []
-        return Ended(answer["statuses"], answer["out"], answer["err"])
+        return Ended(answer["statuses"], answer["out"], answer["err"], answer["seconds"])
 
     def _answer(self) -> str:
         assert self._child.stdout is not None

@@ -175,6 +175,15 @@ def test_storage_that_does_not_answer_is_an_error_that_names_the_rank(launcher):
     one_line(ended, r"step \d, rank 1: DataTimeoutError: its tokens were not read within 20 s; .*")
 
 
+def test_a_folder_that_hangs_keeps_no_traceback_and_no_rank(launcher):
+    ended = launcher.run("raises_where_the_folder_hangs")
+    assert ended.statuses == [1, 1]
+    file = "out-raises_where_the_folder_hangs/error-rank-1.txt"
+    said = rf"{CAUSES['raises_in_forward']} \(no traceback: {file} cannot be written within 1 s\)"
+    one_line(ended, said)
+    assert ended.seconds < 20
+
+
 def test_a_full_disk_under_the_records_is_named(launcher):
     (launcher.folder / "out-full").mkdir()
     (launcher.folder / "out-full/metrics.jsonl").symlink_to("/dev/full")

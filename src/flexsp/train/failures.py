@@ -28,13 +28,10 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +47,7 @@ from flexsp.train.not_finite import NotFiniteError
 from flexsp.train.out_of_memory import OutOfMemoryError
 from flexsp.train.ranks import LAUNCHER_ENDED, SIGTERM, StopSignal
 from flexsp.train.roll_call import Kind, Place, Report, as_json, failed_collective, from_json, report, verdict
+from flexsp.train.traceback_file import TracebackFile
 
 TICK_S = 1.0
 """Between two looks of a rank's watching thread at the board and at its main thread."""
@@ -86,8 +84,9 @@ class Guard:
         self._tell = say
         self.place = Place()
         self.stop = StopSignal()
-        self._folder, self._timeout_s = folder, timeout_s
+        self._timeout_s = timeout_s
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._traceback = TracebackFile(folder, self._rank)
         self._has_other_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)) < self._world_size
         self._board = Board()
         self._ending = threading.Lock()
@@ -102,8 +101,7 @@ class Guard:
         self._thread = threading.Thread(target=self._run, name="flexsp-guard", daemon=True)
 
     def __enter__(self) -> Guard:
-        with suppress(OSError):
-            self._file().unlink(missing_ok=True)
+        self._traceback.remove()
         self.stop.__enter__()
         self._theirs.setblocking(False)
         signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)  # heard though the main thread be busy
@@ -360,19 +358,6 @@ class Guard:
         step = self.place.step
         return ("" if step is None else f"step {step}, ") + f"rank {self._rank}, {self.place.phase}"
 
-    def _file(self) -> Path:
-        return self._folder / f"error-rank-{self._rank}.txt"
-
     def _keep(self, error: BaseException | None) -> str:
         """Writes a traceback, or without an error where the main thread is, into this rank's file; says where."""
-        if error is None:
-            lines = traceback.format_stack(sys._current_frames()[self._main])
-        else:
-            lines = traceback.format_exception(error)
-        text = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {self._where()}\n{''.join(lines)}"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file().write_text(text, encoding="utf-8")
-        except OSError as failed:
-            return f"no traceback: {self._file()} cannot be written, {failed.strerror}"
-        return f"traceback in {self._file()}"
+        return self._traceback.keep(self._where(), self._main if error is None else error)
