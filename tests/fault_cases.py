@@ -77,6 +77,16 @@ def killed_saving_model() -> None:
     PreTrainedModel.save_pretrained = struck
 
 
+def asked_saving_model() -> None:
+    from transformers import PreTrainedModel
+
+    def struck(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    PreTrainedModel.save_pretrained = struck
+
+
 def tokenizer_cannot_be_saved() -> None:
     """Once a part of it is written."""
     from transformers import PreTrainedTokenizerFast

@@ -278,8 +278,24 @@ def test_sigterm_before_the_first_step_ends_the_run_with_a_message_and_0(launche
     said = [line for line in ended.out.splitlines() if line.startswith("flexsp train:")]
     assert len(said) == 1
     assert said[0].startswith("flexsp train: stopped by SIGTERM while ") and said[0].endswith(
-        "the same command goes on"
+        "the same command begins at step 0"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "again"),
+    [
+        (("--checkpoint.every", "0"), "the same command begins at step 0"),
+        (("--checkpoint.every", "4"), "the same command goes on"),
+        (("--checkpoint.every", "4", "--checkpoint.resume", "never"), "with checkpoint.resume='auto' it goes on"),
+    ],
+    ids=["not saved", "saved", "saved for another"],
+)
+def test_sigterm_while_the_model_is_saved_says_what_the_same_command_does(launcher, flags, again):
+    flags = (*flags, "--run.save_model", "true", "--run.dir", f"out-{again[-12:-1]}")
+    ended = launcher.run("asked_saving_model", *flags, world_size=1)
+    assert (ended.statuses, ended.err) == ([0], "")
+    assert ended.out.splitlines()[-1] == f"flexsp train: stopped by SIGTERM while saving the model; {again}"
 
 
 @pytest.mark.slow
@@ -382,7 +398,7 @@ def test_a_rank_that_needs_the_store_of_a_torchrun_that_has_ended_blames_no_rank
         parent = os.getppid()
         monkeypatch.setattr(os, "getppid", lambda: parent + 1)
         assert guard._explain(error) == 1
-    words = "stopped by the end of torchrun in step 7, forward and backward; the same command goes on"
+    words = "stopped by the end of torchrun in step 7, forward and backward; start the same command again"
     assert said == ([(words, 1)] if rank == 0 else [])
 
 

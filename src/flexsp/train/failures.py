@@ -40,6 +40,7 @@ import torch.distributed as dist
 
 from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
+from flexsp.train.again import UNKNOWN
 from flexsp.train.board import Board
 from flexsp.train.checkpoint import CheckpointError
 from flexsp.train.leaving import leave, within
@@ -78,9 +79,11 @@ class Guard:
             folder: of the run; tracebacks go there.
             timeout_s: of collectives.
             say: is given the line that this rank has to say, and the status that it ends with; from any thread.
-            goes_on: whether the same command goes on where SIGTERM ended this one, which is then no failure.
+            goes_on: whether the same command takes up what SIGTERM ended, which is then no failure; see `again`.
         """
         self._goes_on = goes_on
+        self.again: Callable[[], str] = lambda: UNKNOWN
+        """What the same command does after this one, in words; asked by any thread."""
         self._tell = say
         self.place = Place()
         self.stop = StopSignal()
@@ -166,7 +169,7 @@ class Guard:
         """Torchrun has ended, and there is no board to agree on who speaks: rank 0 does."""
         if self._rank == 0:
             step = "" if self.place.step is None else f"step {self.place.step}, "
-            text = f"stopped by {LAUNCHER_ENDED} in {step}{self.place.phase}; the same command goes on"
+            text = f"stopped by {LAUNCHER_ENDED} in {step}{self.place.phase}; {self.again()}"
             within(PATIENCE_S, partial(self._tell, text, 1))
         return 1
 
@@ -341,7 +344,7 @@ class Guard:
         status = 0 if self._goes_on else 128 + signal.SIGTERM
         if not has_board and self._rank != 0:
             return status
-        fate = "; the same command goes on" if self._goes_on else ""
+        fate = f"; {self.again()}" if self._goes_on else ""
         return self._say(f"stopped by {self.stop.cause or SIGTERM} while {self.place.phase}{fate}", status)
 
     def _end(self, how: Callable[[], int]) -> None:
