@@ -64,6 +64,10 @@ def sigterm_in_step() -> None:
     at_forward(lambda loss: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def sighup_in_step() -> None:
+    at_forward(lambda loss: os.kill(os.getpid(), signal.SIGHUP))
+
+
 def killed_saving_model() -> None:
     """Rank 0, which has written a part of it."""
     from transformers import PreTrainedModel

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from fault_runs import ANSWER_S, one_line
 from flexsp.train.failures import Guard
+from flexsp.train.ranks import StopSignal
 from flexsp.train.roll_call import Kind, Report, verdict
 
 pytestmark = pytest.mark.alone
@@ -280,6 +281,28 @@ def test_sigterm_before_the_first_step_ends_the_run_with_a_message_and_0(launche
     assert said[0].startswith("flexsp train: stopped by SIGTERM while ") and said[0].endswith(
         "the same command begins at step 0"
     )
+
+
+def test_sighup_is_a_request_to_stop_as_sigterm_is(launcher):
+    ended = launcher.run("sighup_in_step", "--checkpoint.every", "100")
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+    assert "stopped by SIGHUP after step 3 of 5, saved; the same command goes on\n" in ended.out
+
+
+def test_sighup_that_nohup_ignores_stays_ignored_but_under_torchrun_which_hands_it_on(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for torchrun, cause in ((False, ""), (True, "SIGHUP")):
+            if torchrun:
+                monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+            else:
+                monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+            with StopSignal() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.cause == cause
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ from flexsp.train.checkpoint import CheckpointError
 from flexsp.train.leaving import leave, within
 from flexsp.train.not_finite import NotFiniteError
 from flexsp.train.out_of_memory import OutOfMemoryError
-from flexsp.train.ranks import LAUNCHER_ENDED, SIGTERM, StopSignal
+from flexsp.train.ranks import LAUNCHER_ENDED, StopSignal
 from flexsp.train.roll_call import Kind, Place, Report, as_json, failed_collective, from_json, report, verdict
 from flexsp.train.traceback_file import TracebackFile
 
@@ -71,7 +71,7 @@ OF_ALL_RANKS = (CheckpointError, NotFiniteError, PlanMismatchError, PlannerError
 
 
 class Guard:
-    """Stands over one rank of a run, while inside: its exceptions, SIGTERM, other ranks' word, and standing still."""
+    """Stands over one rank of a run, while inside: exceptions, requests to stop, others' word, and standing still."""
 
     def __init__(self, folder: Path, timeout_s: float, say: Say, goes_on: bool = True) -> None:
         """
@@ -98,7 +98,7 @@ class Guard:
         self._answered = False
         self._seen = ""
         self._beats: tuple[float, dict[int, int | None]] | None = None
-        """Where SIGTERM has come: when, and the others' beats then."""
+        """Where a request to stop has come: when, and the others' beats then."""
         self._main = threading.get_ident()
         self._ours, self._theirs = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="flexsp-guard", daemon=True)
@@ -266,8 +266,8 @@ class Guard:
                 signals = self._ours.recv(64)
                 if not signals:
                     return
-                if signal.SIGTERM in signals:
-                    self.stop.note()
+                for signum in signals:
+                    self.stop.note(signum)
             self._look()
 
     def _look(self) -> None:
@@ -278,7 +278,7 @@ class Guard:
             self._heed_alarm()
         self._show()
         if self.stop.cause and self._silent_ranks():
-            self._end(lambda: self._find_out(Kind.CLOSED, "stopped by SIGTERM"))
+            self._end(lambda: self._find_out(Kind.CLOSED, f"stopped by {self.stop.cause}"))
         if self.place.still_s() > self._longest_s() and self.place.bounded:
             self._end(self._stuck)
 
@@ -336,16 +336,17 @@ class Guard:
         return self._find_out(Kind.STUCK, cause)
 
     def _asked(self) -> int:
-        """SIGTERM, and no step to finish. torchrun sends it too where another rank has died: the roll tells."""
+        """A request, and no step to finish. torchrun sends SIGTERM too where another rank has died: the roll tells."""
         return self._stopped() if self._alone or self.stop.cause == LAUNCHER_ENDED else self._find_out(Kind.ASKED, "")
 
     def _stopped(self) -> int:
         has_board = self._board.is_there and self.stop.cause != LAUNCHER_ENDED
-        status = 0 if self._goes_on else 128 + signal.SIGTERM
+        cause = self.stop.cause or signal.SIGTERM.name  # another rank's
+        status = 0 if self._goes_on else 128 + signal.Signals.__members__.get(cause, signal.SIGTERM)
         if not has_board and self._rank != 0:
             return status
         fate = f"; {self.again()}" if self._goes_on else ""
-        return self._say(f"stopped by {self.stop.cause or SIGTERM} while {self.place.phase}{fate}", status)
+        return self._say(f"stopped by {cause} while {self.place.phase}{fate}", status)
 
     def _end(self, how: Callable[[], int]) -> None:
         """In the watching thread: ends the process, unless the main thread is about to, and soon."""

@@ -62,7 +62,7 @@ class Loop:
     """What names the tokens, for checkpoints; see `TokenStore.identity`."""
 
     def run(self) -> bool:
-        """Trains what is left of the steps; False where SIGTERM, or the end of torchrun, ended it before the last."""
+        """Trains what is left of the steps; False where a request to stop ended it before the last."""
         config, learner, place, steps = self.config, self.learner, self.guard.place, self.config.train.steps
         optimizer, schedule = build_optimizer(self.model, config.train)
         origin = "" if self.start is None else self.start.origin

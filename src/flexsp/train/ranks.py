@@ -53,34 +53,40 @@ def _check_devices(local_ranks: int, num_devices: int) -> None:
         )
 
 
-SIGTERM, LAUNCHER_ENDED = "SIGTERM", "the end of torchrun"
-"""Why a run is asked to stop."""
-CAUSES = ("", SIGTERM, LAUNCHER_ENDED)
+LAUNCHER_ENDED = "the end of torchrun"
+CAUSES = ("", signal.SIGTERM.name, signal.SIGHUP.name, LAUNCHER_ENDED)
+"""Why a run is asked to stop; empty: it is not."""
 
 
 class StopSignal:
-    """SIGTERM as a request, while inside: a step is finished first, however often it comes.
+    """SIGTERM and SIGHUP as a request, while inside: a step is finished first, however often they come.
 
-    A scheduler may signal every process, and torchrun its workers once more; what is stuck SIGKILL ends. So is the end
-    of torchrun: nobody watches over its ranks then, and the same command may be started again in the same folder.
+    A scheduler may signal every process, and torchrun its workers once more; what is stuck SIGKILL ends. SIGHUP comes
+    where a terminal is lost, an ssh session say, and torchrun hands it on. The end of torchrun is such a request too:
+    nobody watches over its ranks then, and the same command may be started again in the same folder.
     """
 
     def __init__(self) -> None:
         self.cause = ""
         """Why this rank was asked to stop; empty: it was not."""
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self._before = signal.signal(signal.SIGTERM, self.note)
+        noted = [signal.SIGTERM, signal.SIGHUP]
+        if self._launcher is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            noted.remove(signal.SIGHUP)  # by nohup; torchrun hands it on in spite of that, and then ends its ranks
+        self._before = {each: signal.signal(each, self.note) for each in noted}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for each, before in self._before.items():
+            signal.signal(each, before)
 
-    def note(self, *_: object) -> None:
-        """The signal has come."""
-        self.cause = self.cause or SIGTERM
+    def note(self, signum: int, *_: object) -> None:
+        """A signal has come."""
+        if signum in self._before and not self.cause:
+            self.cause = signal.Signals(signum).name
 
     def look_for_launcher(self) -> None:
         """Notes its end: a process whose parent has ended gets another one."""

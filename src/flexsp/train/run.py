@@ -74,7 +74,7 @@ def train(config: Config, display: Display, guard: Guard, held: ExitStack) -> No
     5. Save the model and its tokenizer.
     6. Compare the planners on further batches, weights untouched.
 
-    SIGTERM ends it after a step and a checkpoint; before the first step and after the last, at once.
+    SIGTERM or SIGHUP ends it after a step and a checkpoint; before the first step and after the last, at once.
     """
     transformers_logging.disable_progress_bar()
     alike.check_alike(config)
