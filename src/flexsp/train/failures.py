@@ -17,7 +17,7 @@ its own; where it is lost, and with it most likely the node of rank 0, one rank 
     alarm       something is wrong: answer
     found/RANK  the answer
     seen/RANK   where a rank was, at most a tick ago
-    beat/RANK   a counter: its ticks
+    beat/RANK   see `Beats`
     said        the line has been said; the status to end with
 """
 
@@ -41,6 +41,7 @@ import torch.distributed as dist
 from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
 from flexsp.train.again import UNKNOWN
+from flexsp.train.beats import Beats
 from flexsp.train.board import Board
 from flexsp.train.checkpoint import CheckpointError
 from flexsp.train.leaving import leave, within
@@ -92,13 +93,12 @@ class Guard:
         self._traceback = TracebackFile(folder, self._rank)
         self._has_other_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)) < self._world_size
         self._board = Board()
+        self._beats = Beats(self._board, self._rank, self._world_size, ROLL_CALL_S)
         self._ending = threading.Lock()
         """Held by the thread that ends the process, until it has ended."""
         self._has_word = False
         self._answered = False
         self._seen = ""
-        self._beats: tuple[float, dict[int, int | None]] | None = None
-        """Where a request to stop has come: when, and the others' beats then."""
         self._main = threading.get_ident()
         self._ours, self._theirs = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="flexsp-guard", daemon=True)
@@ -277,7 +277,7 @@ class Guard:
         if self._board.read("alarm"):
             self._heed_alarm()
         self._show()
-        if self.stop.cause and self._silent_ranks():
+        if self.stop.cause and self._beats.has_stopped():
             self._end(lambda: self._find_out(Kind.CLOSED, f"stopped by {self.stop.cause}"))
         if self.place.still_s() > self._longest_s() and self.place.bounded:
             self._end(self._stuck)
@@ -286,28 +286,9 @@ class Guard:
         """How long the main thread may stay at one place. On CUDA it is to be found before NCCL's watchdog aborts."""
         return 0.8 * self._timeout_s if torch.cuda.is_available() else self._timeout_s + BACKSTOP_S
 
-    def _silent_ranks(self) -> bool:
-        """Whether a rank has ended or stopped since SIGTERM came, in a step: torchrun sends it where one has died.
-
-        For collectives that notice nothing, NCCL's, and for steps that compute for long. One rank looks; the others,
-        and one that looks and finds nobody missing, go on to the end of the step.
-        """
-        if self._beats is None:
-            looks = not self._alone and self._board.add("looks", 1) == 1
-            self._beats = time.monotonic(), self._count_beats() if looks else {}
-        began, before = self._beats
-        if not before or time.monotonic() < began + ROLL_CALL_S:
-            return False
-        self._beats = began, {}
-        silent = [rank for rank, beats in self._count_beats().items() if beats == before[rank]]
-        return any(self._board.read(f"found/{rank}") is None for rank in silent) and self._board.is_there
-
-    def _count_beats(self) -> dict[int, int | None]:
-        return {rank: self._board.add(f"beat/{rank}", 0) for rank in range(self._world_size) if rank != self._rank}
-
     def _show(self) -> None:
         """Where this rank is, for the others to find where it cannot answer any more."""
-        self._board.add(f"beat/{self._rank}", 1)
+        self._beats.beat()
         said = report(self._rank, Kind.HERE, self.place)
         if said.where != self._seen:
             self._seen = said.where
