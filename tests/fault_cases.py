@@ -12,7 +12,7 @@ import torch
 
 from flexsp.data import Sequences
 from flexsp.parallel import step
-from flexsp.train import run_model
+from flexsp.train import board, failures, run_model, traceback_file
 
 RANK, STEP = 1, 2
 """Where a fault strikes."""
@@ -64,6 +64,10 @@ def sigterm_in_step() -> None:
     at_forward(lambda loss: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def sighup_in_step() -> None:
+    at_forward(lambda loss: os.kill(os.getpid(), signal.SIGHUP))
+
+
 def killed_saving_model() -> None:
     """Rank 0, which has written a part of it."""
     from transformers import PreTrainedModel
@@ -73,6 +77,16 @@ def killed_saving_model() -> None:
     def struck(self, folder, **options):
         honest(self, folder, **options)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    PreTrainedModel.save_pretrained = struck
+
+
+def asked_saving_model() -> None:
+    from transformers import PreTrainedModel
+
+    def struck(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
     PreTrainedModel.save_pretrained = struck
 
@@ -116,6 +130,19 @@ def raises_in_forward() -> None:
         raise RuntimeError("the fan\nhas stopped")
 
     at_forward(strike)
+
+
+def raises_where_the_folder_hangs() -> None:
+    """Whoever opens a pipe that nobody reads waits, as on storage that does not answer. The others are busy."""
+    traceback_file.WRITE_S = 1.0
+
+    def strike(loss):
+        os.mkfifo(f"out-raises_where_the_folder_hangs/error-rank-{os.environ['RANK']}.txt")
+        if here():
+            raise RuntimeError("the fan has stopped")
+        time.sleep(1000)
+
+    at_forward(strike, everywhere=True)
 
 
 def raises_value_error_in_forward() -> None:
@@ -174,6 +201,30 @@ def exits_with_0() -> None:
 
 def stopped() -> None:
     at_forward(lambda loss: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def store_of_first_node(sent: signal.Signals, then: signal.Signals, ranks: int) -> None:
+    """The process that serves torchrun's store, and the first `ranks`, are sent these signals in the step."""
+    board.ANSWER_S = failures.PATIENCE_S = 2.0
+
+    def strike(loss):
+        if int(os.environ["RANK"]) < ranks:
+            os.kill(int(os.environ["FLEXSP_TEST_STORE"]), sent)
+            os.kill(os.getpid(), then)
+
+    at_forward(strike, everywhere=True)
+
+
+def first_node_is_lost() -> None:
+    store_of_first_node(signal.SIGKILL, signal.SIGKILL, 2)
+
+
+def first_node_is_frozen() -> None:
+    store_of_first_node(signal.SIGSTOP, signal.SIGSTOP, 2)
+
+
+def first_rank_dies_and_the_store_is_frozen() -> None:
+    store_of_first_node(signal.SIGSTOP, signal.SIGKILL, 1)
 
 
 def loops() -> None:

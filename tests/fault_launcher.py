@@ -21,7 +21,6 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
-    import torch.distributed as dist
 
     import flexsp.cli.main
     import flexsp.train.run
@@ -36,14 +35,14 @@ def serve() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            store = serve_store(port) if request["agent"] else 0
+            os.environ["FLEXSP_TEST_STORE"] = str(store)
             ranks = [start(rank, port, request, out.fileno(), err.fileno()) for rank in range(request["world_size"])]
-            store = None
-            if request["agent"]:
-                store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False,
-                                      timeout=timedelta(seconds=300))  # fmt: skip
             began = time.monotonic()
             statuses = wait_for(ranks, request["kill_after_s"])
-            del store
+            if store:
+                os.kill(store, signal.SIGKILL)
+                os.waitpid(store, 0)
             texts = []
             for file in (out, err):
                 file.seek(0)
@@ -51,6 +50,19 @@ def serve() -> None:
         answer = {"statuses": statuses, "out": texts[0], "err": texts[1], "seconds": time.monotonic() - began}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def serve_store(port: int) -> int:
+    """The agent's store, in a process that a fault may stop or end; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300))
+    while store:
+        signal.pause()
+    os._exit(0)
 
 
 def start(rank: int, port: int, request: dict, out: int, err: int) -> int:
@@ -65,7 +77,8 @@ def start(rank: int, port: int, request: dict, out: int, err: int) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(request["cwd"])
         os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["world_size"]),
+            "RANK": str(rank), "LOCAL_RANK": str(rank % request["node_size"]),
+            "WORLD_SIZE": str(request["world_size"]), "LOCAL_WORLD_SIZE": str(request["node_size"]),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
         os.environ["FLEXSP_TEST_RUN"] = request["name"]

@@ -50,6 +50,8 @@ class Ended:
     statuses: list[int]
     out: str
     err: str
+    seconds: float
+    """From the start of the ranks to the end of the last."""
 
     @property
     def said(self) -> list[str]:
@@ -72,20 +74,24 @@ class Launcher:
 
     def run(
         self, fault: str, *flags: str, world_size: int = 2, agent: bool = True, kill_after_s: float = 30,
-        command: str = "train",
+        command: str = "train", node_size: int | None = None,
     ) -> Ended:  # fmt: skip
-        """A run with a fault of `fault_cases`, in a folder `out-FAULT`; no process of it is left."""
+        """A run with a fault of `fault_cases`, in a folder `out-FAULT`; no process of it is left.
+
+        `node_size`: ranks of a node, as far as the ranks can see; None: all.
+        """
         name = f"{self.folder}/{fault}/{' '.join(flags)}"
         arguments = ["config.toml", "--run.dir", f"out-{fault}"] if command == "train" else []
         request = {
             "fault": fault, "arguments": [command, *arguments, *flags], "world_size": world_size, "agent": agent,
             "cwd": str(self.folder), "kill_after_s": kill_after_s, "name": name,
+            "node_size": node_size or world_size,
         }  # fmt: skip
         assert self._child.stdin is not None
         self._child.stdin.write(json.dumps(request) + "\n")
         answer = json.loads(self._answer())
         assert left_over(name) == []
-        return Ended(answer["statuses"], answer["out"], answer["err"])
+        return Ended(answer["statuses"], answer["out"], answer["err"], answer["seconds"])
 
     def _answer(self) -> str:
         assert self._child.stdout is not None

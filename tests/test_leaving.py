@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import subprocess
 import sys
+import termios
 import threading
 
 import pytest
@@ -82,6 +86,33 @@ dir = "{tmp_path / "out"}"
         [sys.executable, "-c", HELD_UNTIL_THE_END, str(config)], capture_output=True, text=True, timeout=100
     )
     assert ended.stdout.startswith("held: ") and "none.jsonl" in ended.stdout, ended
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_lost_saves_and_ends_well(folder):
+    """The kernel sends SIGHUP, and whatever is written to the terminal from then on, bar and lines, fails."""
+    ours, its = pty.openpty()
+    command = ["-m", "flexsp", "train", "config.toml", "--run.dir", "lost", "--train.steps", "100000"]
+    flags = ["--checkpoint.every", "100000", "--run.timeout_s", "200", "--planner.timeout_s", "100"]
+    run = subprocess.Popen(
+        [sys.executable, *command, *flags], stdin=its, stdout=its, stderr=its, cwd=folder, start_new_session=True,
+        env={**os.environ, "TERM": "xterm"}, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(its)
+    rows, said = folder / "lost/metrics.jsonl", b""
+    try:
+        while not (rows.exists() and rows.read_text().count("\n") > 2):
+            said += os.read(ours, 65536)
+        os.close(ours)
+        assert run.wait(60.0) == 0
+    finally:
+        run.kill()
+        run.wait()
+    assert "training" in said.decode()
+    steps = rows.read_text().count("\n")
+    assert (folder / f"lost/checkpoints/step-{steps:08d}/state.json").exists()
+    log = (folder / "lost/logs/rank-0000.log").read_text()
+    assert f"stopped by SIGHUP after step {steps} of 100000, saved; the same command goes on" in log
 
 
 def test_where_no_thread_can_be_started_it_is_written_all_the_same(monkeypatch):

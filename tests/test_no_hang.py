@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from fault_runs import ANSWER_S, one_line
 from flexsp.train.failures import Guard
-from flexsp.train.roll_call import Kind, Report, verdict
+from flexsp.train.ranks import StopSignal
 
 pytestmark = pytest.mark.alone
 
@@ -85,6 +85,10 @@ def test_a_configuration_that_one_rank_cannot_read_ends_the_others_without_anoth
     one_line(ended, r"none\.toml: cannot be read \(No such file or directory\); give a TOML file")
 
 
+LOST = (
+    r"step 2, rank {rank}, .*: a collective failed, and torchrun's store on MASTER_ADDR=127\.0\.0\.1 {how} "
+    r"\(is that node lost, or stopped\?\)"
+)
 FOUND = r"; found by rank [023] \(step 2, forward and backward.*\)"
 
 
@@ -136,6 +140,28 @@ def test_a_rank_that_is_stopped_is_named_with_what_the_others_wait_in(launcher):
              r"waited for by ranks? .*\(step 2, forward and backward.*\)")  # fmt: skip
 
 
+def test_of_ranks_whose_store_is_lost_with_its_node_one_of_each_node_says_so(launcher):
+    """And blames no other rank, of which it cannot know."""
+    flags = ("--planner.profile", "profile4.json")
+    ended = launcher.run("first_node_is_lost", *flags, world_size=4, node_size=2)
+    assert ended.statuses == [-9, -9, 1, 1]
+    one_line(ended, LOST.format(rank=2, how="has ended"))
+
+
+def test_a_store_that_is_frozen_keeps_no_rank(launcher):
+    ended = launcher.run("first_rank_dies_and_the_store_is_frozen", node_size=1)
+    assert ended.statuses == [-9, 1]
+    one_line(ended, LOST.format(rank=1, how="gives no answer"))
+
+
+@pytest.mark.slow
+def test_a_node_that_is_frozen_with_its_store_keeps_no_rank(launcher):
+    flags = ("--planner.profile", "profile4.json", "--run.timeout_s", "10", "--planner.timeout_s", "9")
+    ended = launcher.run("first_node_is_frozen", *flags, world_size=4, node_size=2, kill_after_s=5)
+    assert ended.statuses == [-9, -9, 1, 1]
+    one_line(ended, LOST.format(rank=2, how="gives no answer"))
+
+
 @pytest.mark.slow
 def test_a_rank_that_loops_is_named_with_the_line_that_it_is_at(launcher):
     ended = launcher.run("loops", "--run.timeout_s", "25")
@@ -168,6 +194,15 @@ def test_storage_that_does_not_answer_is_an_error_that_names_the_rank(launcher):
     ended = launcher.run("reader_stalls", "--run.timeout_s", "25")
     assert ended.statuses == [1, 1]
     one_line(ended, r"step \d, rank 1: DataTimeoutError: its tokens were not read within 20 s; .*")
+
+
+def test_a_folder_that_hangs_keeps_no_traceback_and_no_rank(launcher):
+    ended = launcher.run("raises_where_the_folder_hangs")
+    assert ended.statuses == [1, 1]
+    file = "out-raises_where_the_folder_hangs/error-rank-1.txt"
+    said = rf"{CAUSES['raises_in_forward']} \(no traceback: {file} cannot be written within 1 s\)"
+    one_line(ended, said)
+    assert ended.seconds < 20
 
 
 def test_a_full_disk_under_the_records_is_named(launcher):
@@ -264,8 +299,46 @@ def test_sigterm_before_the_first_step_ends_the_run_with_a_message_and_0(launche
     said = [line for line in ended.out.splitlines() if line.startswith("flexsp train:")]
     assert len(said) == 1
     assert said[0].startswith("flexsp train: stopped by SIGTERM while ") and said[0].endswith(
-        "the same command goes on"
+        "the same command begins at step 0"
     )
+
+
+def test_sighup_is_a_request_to_stop_as_sigterm_is(launcher):
+    ended = launcher.run("sighup_in_step", "--checkpoint.every", "100")
+    assert (ended.statuses, ended.err) == ([0, 0], "")
+    assert "stopped by SIGHUP after step 3 of 5, saved; the same command goes on\n" in ended.out
+
+
+def test_sighup_that_nohup_ignores_stays_ignored_but_under_torchrun_which_hands_it_on(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for torchrun, cause in ((False, ""), (True, "SIGHUP")):
+            if torchrun:
+                monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+            else:
+                monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+            with StopSignal() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.cause == cause
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "again"),
+    [
+        (("--checkpoint.every", "0"), "the same command begins at step 0"),
+        (("--checkpoint.every", "4"), "the same command goes on"),
+        (("--checkpoint.every", "4", "--checkpoint.resume", "never"), "with checkpoint.resume='auto' it goes on"),
+    ],
+    ids=["not saved", "saved", "saved for another"],
+)
+def test_sigterm_while_the_model_is_saved_says_what_the_same_command_does(launcher, flags, again):
+    flags = (*flags, "--run.save_model", "true", "--run.dir", f"out-{again[-12:-1]}")
+    ended = launcher.run("asked_saving_model", *flags, world_size=1)
+    assert (ended.statuses, ended.err) == ([0], "")
+    assert ended.out.splitlines()[-1] == f"flexsp train: stopped by SIGTERM while saving the model; {again}"
 
 
 @pytest.mark.slow
@@ -368,7 +441,7 @@ def test_a_rank_that_needs_the_store_of_a_torchrun_that_has_ended_blames_no_rank
         parent = os.getppid()
         monkeypatch.setattr(os, "getppid", lambda: parent + 1)
         assert guard._explain(error) == 1
-    words = "stopped by the end of torchrun in step 7, forward and backward; the same command goes on"
+    words = "stopped by the end of torchrun in step 7, forward and backward; start the same command again"
     assert said == ([(words, 1)] if rank == 0 else [])
 
 
@@ -379,34 +452,3 @@ def test_a_checkpoint_whose_writing_stalls_names_the_rank(launcher):
     assert ended.statuses == [1, 1]
     one_line(ended, r"step \d: rank 1 \(step \d, saving a checkpoint, at .*\) has not moved for \d+ s; waited for by "
              r"rank 0 \(step \d, saving a checkpoint\)")  # fmt: skip
-
-
-def answer(rank: int, kind: Kind, **said: object) -> Report:
-    fields = {"step": 12, "phase": "forward and backward", "still_s": 1.0, **said}
-    return Report(rank=rank, kind=kind.value, **fields)
-
-
-NORMAL = answer(0, Kind.CLOSED, error="RuntimeError: Connection closed by peer")
-
-
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        ([NORMAL], "step 12: ranks 1, 2 ended without a word (killed, or out of memory?); found by rank 0 (step 12, "
-         "forward and backward)"),
-        ([answer(0, Kind.LATE), answer(1, Kind.CLOSED)], "step 12: rank 2 gives no sign (stopped, or cut off?), last "
-         "seen: rank 2 (step 11, asking for a stop); waited for by ranks 0, 1 (step 12, forward and backward)"),
-        ([NORMAL, answer(1, Kind.CLOSED), answer(2, Kind.DONE, step=None, phase="saving the model")],
-         "step 12: rank 2 had ended already; still at work: ranks 0, 1 (step 12, forward and backward)"),
-        ([NORMAL, answer(1, Kind.CLOSED), answer(2, Kind.HERE, frame="a.py:3 all_reduce", waits=True)],
-         "step 12, rank 0: RuntimeError: Connection closed by peer; the ranks: ranks 0, 1 (step 12, forward and "
-         "backward); rank 2 (step 12, forward and backward, at a.py:3 all_reduce)"),
-        ([answer(0, Kind.LATE), answer(1, Kind.HERE, frame="b.py:1 loop", still_s=31.4), answer(2, Kind.HERE,
-         frame="a.py:3 all_reduce", waits=True)], "step 12: rank 1 (step 12, forward and backward, at b.py:1 loop) has "
-         "not moved for 31 s; waited for by ranks 0, 2 (step 12, forward and backward)"),
-    ],
-    ids=["dead", "stopped", "done", "unclear", "loops"],
-)  # fmt: skip
-def test_what_follows_from_the_roll(found, said):
-    seen = {2: answer(2, Kind.HERE, step=11, phase="asking for a stop")}
-    assert verdict({each.rank: each for each in found}, seen, found[0], 3) == said

@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}: measuring needs torch and transformers; pip install 'flexsp[train]'") from None
+    from flexsp.train.board import first_to_say
     from flexsp.train.profiling import ProfileRequest, profile_model
-    from flexsp.train.ranks import first_to_say
 
     def tokens(text: str | None, flag: str) -> int | None:
         return None if text is None else parse_tokens(text, flag)

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}: training needs torch and transformers; pip install 'flexsp[train]'") from None
-    from flexsp.train.ranks import first_to_say
+    from flexsp.train.board import first_to_say
     from flexsp.train.run import run_from_config
 
     try:

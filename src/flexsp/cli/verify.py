@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}: verifying needs torch and transformers; pip install 'flexsp[train]'") from None
-    from flexsp.train.ranks import first_to_say
+    from flexsp.train.board import first_to_say
     from flexsp.train.verify import VerifyRequest, verify_model
 
     try:

@@ -33,6 +33,7 @@ CLOSE_S = 0.2
 BEGIN = """import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from flexsp.planner.service import serve
 serve()
 """

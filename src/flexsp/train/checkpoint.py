@@ -58,7 +58,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """Those of a run's folder: saves after every so many steps, and keeps the last few. All methods are collectives."""
+    """Those of a run's folder: saves after every so many steps, and keeps the last few. Methods are collectives."""
 
     def __init__(
         self,
@@ -187,6 +187,11 @@ class Checkpoints:
     def loaded(self, steps: int) -> None:
         """The run goes on after so many `steps` from a checkpoint in its folder, which need not be saved again."""
         self._saved = steps
+
+    def has_saved(self) -> bool:
+        """Whether the run's folder holds one by now, of this run or that it went on from. No collective."""
+        written = self._writing is not None and self._writing[1].done() and self._writing[1].exception() is None
+        return written or self._saved >= 0
 
     def _path(self, steps: int) -> Path:
         return self._folder / f"step-{steps:08d}"

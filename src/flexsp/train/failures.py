@@ -8,8 +8,8 @@ busy with something of its own; the caller says so. Once a line has been said, e
 process within `TICK_S + GRACE_S`, whatever the main thread is doing: in a collective of NCCL that notices nothing, in a
 computation, in a loop.
 
-Ranks speak to each other over the board (`flexsp.train.ranks.Board`). Without it each rank that fails says a line of
-its own.
+Ranks speak to each other over the board (`flexsp.train.board.Board`). Without it each rank that fails says a line of
+its own; where it is lost, and with it most likely the node of rank 0, one rank of each node that is left says so.
 
     first       a counter: who raises it to 1 has the word
     alike/HASH  a counter: how many ranks have ended with this ValueError
@@ -17,7 +17,7 @@ its own.
     alarm       something is wrong: answer
     found/RANK  the answer
     seen/RANK   where a rank was, at most a tick ago
-    beat/RANK   a counter: its ticks
+    beat/RANK   see `Beats`
     said        the line has been said; the status to end with
 """
 
@@ -28,13 +28,10 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -43,12 +40,16 @@ import torch.distributed as dist
 
 from flexsp.parallel import PlanMismatchError, RankError
 from flexsp.planner.service import PlannerError
+from flexsp.train.again import UNKNOWN
+from flexsp.train.beats import Beats
+from flexsp.train.board import Board
 from flexsp.train.checkpoint import CheckpointError
 from flexsp.train.leaving import leave, within
 from flexsp.train.not_finite import NotFiniteError
 from flexsp.train.out_of_memory import OutOfMemoryError
-from flexsp.train.ranks import LAUNCHER_ENDED, SIGTERM, Board, StopSignal
+from flexsp.train.ranks import LAUNCHER_ENDED, StopSignal
 from flexsp.train.roll_call import Kind, Place, Report, as_json, failed_collective, from_json, report, verdict
+from flexsp.train.traceback_file import TracebackFile
 
 TICK_S = 1.0
 """Between two looks of a rank's watching thread at the board and at its main thread."""
@@ -71,7 +72,7 @@ OF_ALL_RANKS = (CheckpointError, NotFiniteError, PlanMismatchError, PlannerError
 
 
 class Guard:
-    """Stands over one rank of a run, while inside: its exceptions, SIGTERM, other ranks' word, and standing still."""
+    """Stands over one rank of a run, while inside: exceptions, requests to stop, others' word, and standing still."""
 
     def __init__(self, folder: Path, timeout_s: float, say: Say, goes_on: bool = True) -> None:
         """
@@ -79,29 +80,31 @@ class Guard:
             folder: of the run; tracebacks go there.
             timeout_s: of collectives.
             say: is given the line that this rank has to say, and the status that it ends with; from any thread.
-            goes_on: whether the same command goes on where SIGTERM ended this one, which is then no failure.
+            goes_on: whether the same command takes up what SIGTERM ended, which is then no failure; see `again`.
         """
         self._goes_on = goes_on
+        self.again: Callable[[], str] = lambda: UNKNOWN
+        """What the same command does after this one, in words; asked by any thread."""
         self._tell = say
         self.place = Place()
         self.stop = StopSignal()
-        self._folder, self._timeout_s = folder, timeout_s
+        self._timeout_s = timeout_s
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._traceback = TracebackFile(folder, self._rank)
+        self._has_other_nodes = int(os.environ.get("LOCAL_WORLD_SIZE", self._world_size)) < self._world_size
         self._board = Board()
+        self._beats = Beats(self._board, self._rank, self._world_size, ROLL_CALL_S)
         self._ending = threading.Lock()
         """Held by the thread that ends the process, until it has ended."""
         self._has_word = False
         self._answered = False
         self._seen = ""
-        self._beats: tuple[float, dict[int, int | None]] | None = None
-        """Where SIGTERM has come: when, and the others' beats then."""
         self._main = threading.get_ident()
         self._ours, self._theirs = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="flexsp-guard", daemon=True)
 
     def __enter__(self) -> Guard:
-        with suppress(OSError):
-            self._file().unlink(missing_ok=True)
+        self._traceback.remove()
         self.stop.__enter__()
         self._theirs.setblocking(False)
         signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)  # heard though the main thread be busy
@@ -114,7 +117,8 @@ class Guard:
         self.stop.__exit__()
         self._theirs.close()
         self._thread.join(timeout=2 * TICK_S)
-        self._ours.close()
+        if not self._thread.is_alive():  # else it waits for the board, and then reads that all is over
+            self._ours.close()
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -165,7 +169,7 @@ class Guard:
         """Torchrun has ended, and there is no board to agree on who speaks: rank 0 does."""
         if self._rank == 0:
             step = "" if self.place.step is None else f"step {self.place.step}, "
-            text = f"stopped by {LAUNCHER_ENDED} in {step}{self.place.phase}; the same command goes on"
+            text = f"stopped by {LAUNCHER_ENDED} in {step}{self.place.phase}; {self.again()}"
             within(PATIENCE_S, partial(self._tell, text, 1))
         return 1
 
@@ -198,6 +202,8 @@ class Guard:
             self._board.post("said", status)  # first: the others are to end though nobody take the line
             self._board.post("alarm", True)
             within(PATIENCE_S, partial(self._tell, text, status))
+            if self._has_other_nodes:
+                time.sleep(2 * TICK_S)  # the store may end with this node's torchrun: once the others have read it
             return status
         said = self._hear(PATIENCE_S)
         return status if said is None else said
@@ -216,17 +222,28 @@ class Guard:
             if said is not None:
                 return said  # else the caller has ended too
         found = self._roll_call(own)
+        if self._board.lost:
+            return self._stopped() if kind == Kind.ASKED else self._cut_off(kind, cause)
         kinds = {each.kind for each in found.values()}
         if len(found) == self._world_size and Kind.ASKED in kinds and Kind.LATE not in kinds:
             return self._stopped()
         seen = {rank: from_json(said) for rank in range(self._world_size) if (said := self._board.read(f"seen/{rank}"))}
         return self._say(verdict(found, seen, own, self._world_size), 1)
 
+    def _cut_off(self, kind: Kind, cause: str) -> int:
+        """The board is lost, so that no rank learns of another: the first one of each node says where it is."""
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(PATIENCE_S)  # torchrun ends all ranks of the node once one has ended: after the one that speaks
+            return 1
+        store = f"torchrun's store on MASTER_ADDR={os.environ.get('MASTER_ADDR')} {self._board.lost}"
+        here = "a collective failed" if kind in (Kind.CLOSED, Kind.LATE) else cause
+        return self._say(f"{self._where()}: {here}, and {store} (is that node lost, or stopped?)", 1)
+
     def _roll_call(self, own: Report) -> dict[int, Report]:
         """The answers by rank, once all are there, or after `ROLL_CALL_S`, or where a rank has the word."""
         found = {self._rank: own}
         until = time.monotonic() + ROLL_CALL_S
-        while len(found) < self._world_size and time.monotonic() < until and not self._board.add("first", 0):
+        while len(found) < self._world_size and time.monotonic() < until and self._board.add("first", 0) == 0:
             for rank in range(self._world_size):
                 if rank not in found and (said := self._board.read(f"found/{rank}")) is not None:
                     found[rank] = from_json(said)
@@ -249,8 +266,8 @@ class Guard:
                 signals = self._ours.recv(64)
                 if not signals:
                     return
-                if signal.SIGTERM in signals:
-                    self.stop.note()
+                for signum in signals:
+                    self.stop.note(signum)
             self._look()
 
     def _look(self) -> None:
@@ -260,8 +277,8 @@ class Guard:
         if self._board.read("alarm"):
             self._heed_alarm()
         self._show()
-        if self.stop.cause and self._silent_ranks():
-            self._end(lambda: self._find_out(Kind.CLOSED, "stopped by SIGTERM"))
+        if self.stop.cause and self._beats.has_stopped():
+            self._end(lambda: self._find_out(Kind.CLOSED, f"stopped by {self.stop.cause}"))
         if self.place.still_s() > self._longest_s() and self.place.bounded:
             self._end(self._stuck)
 
@@ -269,28 +286,9 @@ class Guard:
         """How long the main thread may stay at one place. On CUDA it is to be found before NCCL's watchdog aborts."""
         return 0.8 * self._timeout_s if torch.cuda.is_available() else self._timeout_s + BACKSTOP_S
 
-    def _silent_ranks(self) -> bool:
-        """Whether a rank has ended or stopped since SIGTERM came, in a step: torchrun sends it where one has died.
-
-        For collectives that notice nothing, NCCL's, and for steps that compute for long. One rank looks; the others,
-        and one that looks and finds nobody missing, go on to the end of the step.
-        """
-        if self._beats is None:
-            looks = not self._alone and self._board.add("looks", 1) == 1
-            self._beats = time.monotonic(), self._count_beats() if looks else {}
-        began, before = self._beats
-        if not before or time.monotonic() < began + ROLL_CALL_S:
-            return False
-        self._beats = began, {}
-        silent = [rank for rank, beats in self._count_beats().items() if beats == before[rank]]
-        return any(self._board.read(f"found/{rank}") is None for rank in silent)
-
-    def _count_beats(self) -> dict[int, int | None]:
-        return {rank: self._board.add(f"beat/{rank}", 0) for rank in range(self._world_size) if rank != self._rank}
-
     def _show(self) -> None:
         """Where this rank is, for the others to find where it cannot answer any more."""
-        self._board.add(f"beat/{self._rank}", 1)
+        self._beats.beat()
         said = report(self._rank, Kind.HERE, self.place)
         if said.where != self._seen:
             self._seen = said.where
@@ -304,8 +302,12 @@ class Guard:
         time.sleep(GRACE_S)
         if said != 0 and not self._ending.locked():
             self._keep(None)
-        lost = f"{self._where()}: another rank called the roll and has ended"
-        self._end(lambda: self._say(lost, 1) if said is None else said)
+        self._end(lambda: self._left_alone() if said is None else said)
+
+    def _left_alone(self) -> int:
+        if self._board.lost:
+            return self._cut_off(Kind.HERE, "another rank called the roll")
+        return self._say(f"{self._where()}: another rank called the roll and has ended", 1)
 
     def _stuck(self) -> int:
         """This rank's main thread has not moved for too long."""
@@ -315,16 +317,17 @@ class Guard:
         return self._find_out(Kind.STUCK, cause)
 
     def _asked(self) -> int:
-        """SIGTERM, and no step to finish. torchrun sends it too where another rank has died: the roll tells."""
+        """A request, and no step to finish. torchrun sends SIGTERM too where another rank has died: the roll tells."""
         return self._stopped() if self._alone or self.stop.cause == LAUNCHER_ENDED else self._find_out(Kind.ASKED, "")
 
     def _stopped(self) -> int:
         has_board = self._board.is_there and self.stop.cause != LAUNCHER_ENDED
-        status = 0 if self._goes_on else 128 + signal.SIGTERM
+        cause = self.stop.cause or signal.SIGTERM.name  # another rank's
+        status = 0 if self._goes_on else 128 + signal.Signals.__members__.get(cause, signal.SIGTERM)
         if not has_board and self._rank != 0:
             return status
-        fate = "; the same command goes on" if self._goes_on else ""
-        return self._say(f"stopped by {self.stop.cause or SIGTERM} while {self.place.phase}{fate}", status)
+        fate = f"; {self.again()}" if self._goes_on else ""
+        return self._say(f"stopped by {cause} while {self.place.phase}{fate}", status)
 
     def _end(self, how: Callable[[], int]) -> None:
         """In the watching thread: ends the process, unless the main thread is about to, and soon."""
@@ -333,25 +336,13 @@ class Guard:
 
     @property
     def _alone(self) -> bool:
-        return self._world_size == 1 or not self._board.is_there
+        """Whether there never was another rank to speak to."""
+        return self._world_size == 1 or not (self._board.is_there or self._board.lost)
 
     def _where(self) -> str:
         step = self.place.step
         return ("" if step is None else f"step {step}, ") + f"rank {self._rank}, {self.place.phase}"
 
-    def _file(self) -> Path:
-        return self._folder / f"error-rank-{self._rank}.txt"
-
     def _keep(self, error: BaseException | None) -> str:
         """Writes a traceback, or without an error where the main thread is, into this rank's file; says where."""
-        if error is None:
-            lines = traceback.format_stack(sys._current_frames()[self._main])
-        else:
-            lines = traceback.format_exception(error)
-        text = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {self._where()}\n{''.join(lines)}"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file().write_text(text, encoding="utf-8")
-        except OSError as failed:
-            return f"no traceback: {self._file()} cannot be written, {failed.strerror}"
-        return f"traceback in {self._file()}"
+        return self._traceback.keep(self._where(), self._main if error is None else error)

@@ -20,6 +20,7 @@ from flexsp.parallel.clock import clock_of
 from flexsp.parallel.control import from_first_rank
 from flexsp.planner.policies import policy_for
 from flexsp.profile import Profile
+from flexsp.train.again import same_command
 from flexsp.train.checkpoint import Checkpoints, Schedule, load_checkpoint
 from flexsp.train.config import Config
 from flexsp.train.display import step_text
@@ -38,10 +39,6 @@ from flexsp.train.watch import Watch
 log = logging.getLogger(__name__)
 
 Evaluating = Callable[[int, Profile, Callable[[], bool]], dict[str, float]]
-NOT_SAVED = "checkpoint.every=0: not saved"
-SAVED = "saved; the same command goes on"
-SAVED_FOR_ANOTHER = "saved; with checkpoint.resume='auto' it goes on"
-"""Where it is 'never', which refuses a folder that holds a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +62,13 @@ class Loop:
     """What names the tokens, for checkpoints; see `TokenStore.identity`."""
 
     def run(self) -> bool:
-        """Trains what is left of the steps; False where SIGTERM, or the end of torchrun, ended it before the last."""
+        """Trains what is left of the steps; False where a request to stop ended it before the last."""
         config, learner, place, steps = self.config, self.learner, self.guard.place, self.config.train.steps
         optimizer, schedule = build_optimizer(self.model, config.train)
         origin = "" if self.start is None else self.start.origin
         checkpoints = Checkpoints(config, self.groups.control, self.data, self.loader.sequence_ids, origin)
         first_step = 0 if self.start is None else self._load(self.start, checkpoints, optimizer, schedule)
+        self.guard.again = lambda: same_command(config, self.start, checkpoints.has_saved())
         mixed, not_finite = 0, NotFinite(config.train.on_not_finite)
         kernels: frozenset[str] = frozenset()
         throughput = Throughput(
@@ -111,9 +109,11 @@ class Loop:
                 )
                 if stopping and batch.step + 1 < steps:
                     checkpoints.finish()
-                    saved = SAVED_FOR_ANOTHER if config.checkpoint.resume == "never" else SAVED
-                    saved = saved if config.checkpoint.every else NOT_SAVED
-                    log.info("stopped by %s after step %d of %d, %s", stopping, batch.step + 1, steps, saved)
+                    saved = "saved" if config.checkpoint.every else "checkpoint.every=0: not saved"
+                    log.info(
+                        "stopped by %s after step %d of %d, %s; %s",
+                        stopping, batch.step + 1, steps, saved, self.guard.again(),
+                    )  # fmt: skip
                     return False
                 place.at("waiting for its plan", batch.step + 1)
             place.at("saving the last checkpoint", steps)

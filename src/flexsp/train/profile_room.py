@@ -21,9 +21,9 @@ from flexsp.profiler.make import ranks_per_node
 from flexsp.profiler.measure import PROBE_TOKENS
 from flexsp.profiler.memory import LEAST_MARGIN, held_now_bytes, memory_limit
 from flexsp.profiler.parts import needed_bytes, pinned_bytes
+from flexsp.train.board import Board
 from flexsp.train.failures import PATIENCE_S
 from flexsp.train.out_of_memory import OutOfMemoryError, is_out_of_memory
-from flexsp.train.ranks import Board
 from flexsp.train.roll_call import failed_collective
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ class Kind(StrEnum):
     LATE = "late"  # its collective failed: another rank has not come
     HERE = "here"  # its main thread is busy, and its watching thread answers
     STUCK = "stuck"  # as HERE, and the main thread has not moved for longer than it may
-    ASKED = "asked"  # by SIGTERM to stop
+    ASKED = "asked"  # to stop, by a signal
     DONE = "done"  # at its end
 
 

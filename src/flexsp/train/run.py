@@ -21,6 +21,7 @@ from flexsp.planner.replay import read_plan_log
 from flexsp.plans import Plan
 from flexsp.profile import Profile
 from flexsp.train import alike, run_data, run_model, run_profile
+from flexsp.train.again import same_command
 from flexsp.train.compare import compare_planners, summary_line
 from flexsp.train.config import Config, load_config
 from flexsp.train.display import Display
@@ -73,7 +74,7 @@ def train(config: Config, display: Display, guard: Guard, held: ExitStack) -> No
     5. Save the model and its tokenizer.
     6. Compare the planners on further batches, weights untouched.
 
-    SIGTERM ends it after a step and a checkpoint; before the first step and after the last, at once.
+    SIGTERM or SIGHUP ends it after a step and a checkpoint; before the first step and after the last, at once.
     """
     transformers_logging.disable_progress_bar()
     alike.check_alike(config)
@@ -87,6 +88,7 @@ def train(config: Config, display: Display, guard: Guard, held: ExitStack) -> No
     guard.place.at("looking for a checkpoint")
     start = resume_point(config, groups)
     first_step = 0 if start is None else start.steps
+    guard.again = lambda: same_command(config, start, saved=False)
     with Watch(config, display, groups, first_step, append=start is not None) as watch:
         _train(config, groups, start, guard, watch)
         watch.summarize()

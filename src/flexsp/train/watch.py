@@ -76,7 +76,7 @@ class Watch:
         self._log.begin(step)
 
     def summarize(self) -> None:
-        """Says what the run came to, and writes it down; once the run has ended, by itself or by SIGTERM."""
+        """Says what the run came to, and writes it down; once the run has ended, by itself or by a request to stop."""
         path = self._folder / METRICS
         if dist.get_rank() != 0 or not path.exists():
             return
