@@ -37,8 +37,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("flexsp needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[train,datasets,tensorboard,milp,plot,dev]'
-	@echo "Compiling the planner's kernels, once ..."
-	@$(BIN)/python -c 'from flexsp.planner.kernels import load_kernels; load_kernels()'
+	@echo "Compiling the planner's kernels and the packages' Python, once ..."
+	@$(BIN)/python -c 'import flexsp.train.run, transformers.models.llama.modeling_llama' & $(BIN)/python -c 'from flexsp.planner.kernels import load_kernels; load_kernels()' && wait
 	@touch $@
 
 clean:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
 
@@ -16,10 +16,17 @@ Ranks = tuple[int, ...]
 _POOLS: dict[str, GroupPool] = {}
 
 
-def pool(transport: str) -> GroupPool:
+def pool(transport: str = "groups") -> GroupPool:
     if transport not in _POOLS:
         _POOLS[transport] = GroupPool(transport=transport)
     return _POOLS[transport]
+
+
+def groups_of_pools() -> Iterator[dist.ProcessGroup | None]:
+    for each in _POOLS.values():
+        yield each.control
+        yield getattr(each._opener, "_parent", None)
+        yield from (channel._communicator for channel in each._channels.values() if channel is not None)
 
 
 def plan_of(*groups: Ranks) -> Plan:

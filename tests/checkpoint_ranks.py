@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexsp.parallel import GroupPool, prepare_model
+from channel_pools import pool
+from flexsp.parallel import prepare_model
 from flexsp.train import checkpoint, safe_load
 from flexsp.train.checkpoint import CheckpointError, Checkpoints, load_checkpoint
 from flexsp.train.config import Config, parse_config
@@ -24,18 +25,10 @@ MODEL = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-_pool: dict[int, GroupPool] = {}
-
-
-def groups() -> GroupPool:
-    """One pool for all tests in these processes."""
-    if 0 not in _pool:
-        _pool[0] = GroupPool()
-    return _pool[0]
 
 
 def control() -> dist.ProcessGroup:
-    return groups().control
+    return pool().control
 
 
 def config_of(folder: str, decay: str = "all", **checkpoint: object) -> Config:
@@ -187,7 +180,7 @@ def error_of_one_that_fails(folder: str, kind: str) -> str:
 def resumed(folder: str, resume: str = "auto") -> tuple[int, str]:
     """After how many steps the ranks go on, and what kept them from it."""
     try:
-        start = resume_point(config_of(folder, resume=resume), groups())
+        start = resume_point(config_of(folder, resume=resume), pool())
     except ValueError as error:
         return -1, str(error)
     return (start.steps if start else 0), ""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from channel_pools import pool
 from flexsp.data.batch import PlannedBatch
-from flexsp.parallel import GroupPool, forward_backward, prepare_model
+from flexsp.parallel import forward_backward, prepare_model
 from flexsp.plans import Group, MicroBatch, Plan
 from flexsp.profile import Layout
 from reference import build, reference_step
@@ -73,16 +74,6 @@ def random_plan(num_sequences: int, world_size: int, draw: random.Random, degree
                 for b, layout in enumerate(layouts)
             ),
         )  # fmt: skip
-
-
-_POOLS: dict[str, GroupPool] = {}
-
-
-def pool(transport: str = "groups") -> GroupPool:
-    """One pool per process and transport, as a run has."""
-    if transport not in _POOLS:
-        _POOLS[transport] = GroupPool(transport=transport)
-    return _POOLS[transport]
 
 
 def worst_difference(

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from equality_ranks import make_batch, pool
+from channel_pools import pool
+from equality_ranks import make_batch
 from flexsp.data import Overlong, Sequences, apply_context_limit, plans_ahead
 from flexsp.parallel import RankError, forward_backward, forward_only, prepare_model
 from flexsp.planner.service import PlannerError

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from equality_ranks import make_batch, pool
+from channel_pools import pool
+from equality_ranks import make_batch
 from flexsp.parallel import forward_backward, prepare_model
 from flexsp.parallel.experts import give_experts_gradients
 from flexsp.plans import Plan

@@ -101,7 +101,21 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
             module, name, arguments = connection.recv()
         except EOFError:
             return
+        _destroy_left_groups()  # of the function before, which has ended on all ranks
         try:
             connection.send((getattr(importlib.import_module(module), name)(*arguments), None))
         except BaseException:
             connection.send((None, traceback.format_exc()))
+
+
+def _destroy_left_groups() -> None:
+    """All but those of the pools that functions share: threads of each wake a hundred times a second."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    from channel_pools import groups_of_pools
+
+    kept = [dist.group.WORLD, *groups_of_pools()]
+    for group in list(_world.pg_map):
+        if not any(group is each for each in kept):
+            dist.destroy_process_group(group)

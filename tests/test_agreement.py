@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from equality_ranks import make_batch, pool
+from channel_pools import pool
+from equality_ranks import make_batch
 from flexsp.parallel import PlanMismatchError, RankError, forward_backward, prepare_model
 from rank_pool import RanksFailed
 from reference import build, small_config

@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from channel_pools import channel_of_all
-from channel_pools import pool as pool_of
-from equality_ranks import make_batch, pool
+from channel_pools import channel_of_all, pool
+from equality_ranks import make_batch
 from flexsp.parallel import forward_backward, loss, prepare_model
 from flexsp.parallel.clock import BusyClock, ExchangeClock, clock_of
 from flexsp.plans import Group, MicroBatch, Plan
@@ -107,7 +106,7 @@ def test_exchanges_outside_of_a_step_are_not_kept_and_inner_ones_count_once(monk
 def shifted_time() -> float:
     """Ticks of exchange of a ring's shift, whose wait takes long, and its start none."""
     channel = channel_of_all("groups")
-    clock = pool_of("groups").clock
+    clock = pool("groups").clock
     patch, ticks = pytest.MonkeyPatch(), [0]
 
     patch.setattr(ExchangeClock, "_now", lambda self: float(ticks[0]))

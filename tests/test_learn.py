@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import flexsp
-from equality_ranks import pool
+from channel_pools import pool
 from flexsp import Profile
 from flexsp.data import PlannedBatch
 from flexsp.parallel import GroupPool, RankError, StepResult

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from equality_ranks import pool
+from channel_pools import pool
 from flexsp.batches import global_batch
 from flexsp.data import PlannedBatch, PlannedLoader, Sequences
 from flexsp.data.read_ahead import Reader

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma4TextConfig, GraniteConfig, MixtralConfig, OPTConfig
 
-from equality_ranks import check_equal, make_batch, pool, worst_difference
+from channel_pools import pool
+from equality_ranks import check_equal, make_batch, worst_difference
 from flexsp.parallel import RankError, forward_backward, offload, prepare_model
 from flexsp.parallel.loss import BaseModel, find_base_model
 from flexsp.parallel.model import make_mesh

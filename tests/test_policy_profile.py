@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flexsp
-from equality_ranks import pool
+from channel_pools import pool
 from flexsp.parallel import prepare_model
 from flexsp.plans import Status
 from flexsp.profile import Policy, Profile

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from equality_ranks import pool
+from channel_pools import pool
 from flexsp.estimate import ModelShape, model_shape
 from flexsp.parallel import layouts_of
 from flexsp.profiler import probe

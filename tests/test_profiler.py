@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from transformers import DeepseekV3Config, DiffLlamaConfig, Gemma4TextConfig
 
-from equality_ranks import make_batch, pool
+from channel_pools import pool
+from equality_ranks import make_batch
 from flexsp.parallel import GroupPool, forward_backward, prepare_model
 from flexsp.parallel.kinds import NOTHING
 from flexsp.parallel.needs import Attention
