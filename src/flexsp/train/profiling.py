@@ -166,7 +166,7 @@ def _work(flops: float, peak_flops_per_s: float | None) -> str:
 
 def _check_writable(output: Path) -> None:
     """Refuses what could not be saved, before anything is measured."""
-    folder = next(parent for parent in output.absolute().parents if os.path.exists(parent))
+    folder = next((parent for parent in output.absolute().parents if os.path.exists(parent)), output)  # / has none
     if os.path.isdir(output) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ValueError(f"--output={output} cannot be written; give a file in a folder that can be")
 
